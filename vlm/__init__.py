@@ -1,0 +1,1 @@
+"""The core: configuration, data, models, training, evaluation and export, usable without Prefect."""

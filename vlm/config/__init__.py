@@ -1,0 +1,25 @@
+"""One configuration tree; every default is written here, once."""
+
+from vlm.config.data import BUILTIN_DATASET, ColumnMapping, DataConfig, SourceConfig, SplitConfig
+from vlm.config.evaluation import EvaluationConfig, ExportConfig, GenerationConfig
+from vlm.config.model import BUILTIN_MODEL, LoraConfig, ModelConfig
+from vlm.config.run import RunConfig, RuntimeConfig, TrackingConfig
+from vlm.config.training import TrainingConfig
+
+__all__ = [
+    "BUILTIN_DATASET",
+    "BUILTIN_MODEL",
+    "ColumnMapping",
+    "DataConfig",
+    "EvaluationConfig",
+    "ExportConfig",
+    "GenerationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "SourceConfig",
+    "SplitConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+]

@@ -1,0 +1,43 @@
+"""The root of the configuration tree."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from vlm.config.base import Section
+from vlm.config.data import DataConfig
+from vlm.config.evaluation import EvaluationConfig, ExportConfig, GenerationConfig
+from vlm.config.model import LoraConfig, ModelConfig
+from vlm.config.training import TrainingConfig
+
+
+class TrackingConfig(Section):
+    """Where runs are logged."""
+
+    enabled: bool = Field(True, description="Log to MLflow.")
+    uri: str | None = Field(None, description="MLflow tracking address; None is a SQLite file beside the store.")
+    experiment: str = Field("vision-finetune", min_length=1, description="MLflow experiment.")
+
+
+class RuntimeConfig(Section):
+    """Where things run and are kept. Nothing here changes a result, so nothing here is in a key, except the device's effect on 'auto' settings."""
+
+    store: str = Field("runs/store", min_length=1, description="fsspec address of the artifact store (file, memory, s3, gs, …).")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto' takes the first GPU that is there.")
+    num_workers: int | None = Field(None, ge=0, description="Threads that decode images in step 3; None takes one per core.")
+
+
+class RunConfig(Section):
+    """Everything one run of the pipeline needs; without any setting it runs the built-in model on the built-in data."""
+
+    model: ModelConfig = Field(ModelConfig(), description="Step 1: the model.")
+    lora: LoraConfig = Field(LoraConfig(), description="Step 2: the adapter.")
+    data: DataConfig = Field(DataConfig(), description="Step 3: the dataset.")
+    training: TrainingConfig = Field(TrainingConfig(), description="Steps 4 and 5: the plan and the training.")
+    generation: GenerationConfig = Field(GenerationConfig(), description="Step 6: answers of the tuned and the base model.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Step 7: metrics.")
+    export: ExportConfig = Field(ExportConfig(), description="Step 7: what is written for use elsewhere.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Experiment tracking.")
+    runtime: RuntimeConfig = Field(RuntimeConfig(), description="Where things run and are kept.")
