@@ -1,0 +1,1 @@
+"""Metrics of predictions, and the report page. Import the submodules; nothing is loaded from here."""

@@ -1,0 +1,93 @@
+"""Predictions on disk: ``predictions.jsonl``, one row per answer, and the summary ``predictions.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm.errors import DataError
+
+ROWS_FILE = "predictions.jsonl"
+SUMMARY_FILE = "predictions.json"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One generated answer beside the expected one."""
+
+    id: str
+    """Name of the row in the prepared dataset."""
+    group: str | None
+    """Rows with the same group are not independent; intervals take that into account."""
+    prompt: str
+    """The last user turn's words, for reading; images are not in it."""
+    target: str
+    """The expected answer."""
+    prediction: str
+    """The generated answer, without control tokens."""
+    num_new_tokens: int
+    """Generated tokens, the stop token included."""
+    finish_reason: Literal["stop", "length"]
+    """Whether the model ended its turn, or ran into `max_new_tokens`."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Plain values that the source carried along."""
+
+
+@dataclass(frozen=True)
+class PredictionsSummary:
+    """What ``predictions.json`` holds."""
+
+    split: str
+    """The split that was answered."""
+    num_rows: int
+    """Number of answers."""
+    use_adapter: bool
+    """False for the untuned model."""
+    num_new_tokens: int
+    """Generated tokens of all rows."""
+    num_finished: int
+    """Answers that the model ended itself."""
+
+
+def write_predictions(rows: Iterable[Prediction], summary: PredictionsSummary, output_dir: Path) -> None:
+    """Writes both files.
+
+    Args:
+        rows: Answers in row order.
+        summary: Their summary.
+        output_dir: An existing folder.
+    """
+    with (output_dir / ROWS_FILE).open("w", encoding="utf-8", newline="\n") as handle:
+        for row in rows:
+            handle.write(json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) + "\n")
+    text = json.dumps(asdict(summary), indent=2, sort_keys=True) + "\n"
+    (output_dir / SUMMARY_FILE).write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_predictions(predictions_dir: Path) -> tuple[PredictionsSummary, list[Prediction]]:
+    """Reads what ``write_predictions`` wrote.
+
+    Args:
+        predictions_dir: The folder of a predictions artifact.
+
+    Returns:
+        The summary and the rows in order.
+
+    Raises:
+        DataError: A file is missing, or the number of rows is not the one in the summary.
+    """
+    missing = [name for name in (SUMMARY_FILE, ROWS_FILE) if not (predictions_dir / name).is_file()]
+    if missing:
+        raise DataError(f"{predictions_dir} has no {missing[0]}; give the folder of a predictions artifact")
+    summary = PredictionsSummary(**json.loads((predictions_dir / SUMMARY_FILE).read_text(encoding="utf-8")))
+    with (predictions_dir / ROWS_FILE).open(encoding="utf-8", newline="\n") as handle:
+        rows = [Prediction(**json.loads(line)) for line in handle]
+    if len(rows) != summary.num_rows:
+        raise DataError(
+            f"{predictions_dir / ROWS_FILE} has {len(rows)} rows but its summary says {summary.num_rows};"
+            " the file was cut short: generate the predictions again"
+        )
+    return summary, rows

@@ -1,0 +1,1 @@
+"""LoRA adapters: which modules are adapted, the initial adapter, strict loading. Import the submodules."""

@@ -1,0 +1,1 @@
+"""The training plan, the collator and the training itself. Import the submodules."""
