@@ -30,6 +30,12 @@ class SourceConfig(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub dataset.")
     max_rows: int | None = Field(None, ge=1, description="Takes only the first rows of this source (per file split).")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: object) -> object:
+        """Lets a plain string stand for a source with that path."""
+        return {"path": value} if isinstance(value, str) else value
+
 
 class ColumnMapping(Section):
     """Which column holds what. Columns not named here are carried along as metadata if they are plain values."""

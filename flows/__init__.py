@@ -1,0 +1,1 @@
+"""Flows: what is deployed, scheduled and run from the command line."""

@@ -1,0 +1,94 @@
+"""The pipeline: seven steps from a model and a dataset to an evaluated, exported adapter.
+
+    python -m flows.vision_finetune                          the built-in model on the built-in receipts
+    python -m flows.vision_finetune --config my.yaml         your own
+    python -m flows.vision_finetune --config my.yaml --plan  what would run, and why
+"""
+# ruff: noqa: E402
+
+if __name__ == "__main__":
+    # Prefect takes seconds to import; a plan, the help or a wrong setting should not wait for it.
+    from flows.cli import main
+
+    raise SystemExit(main())
+
+import sys
+from typing import Any
+
+from prefect import State, flow
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.runtime import flow_run
+
+from artifacts.refs import ArtifactRef
+from tasks.configure_lora import configure_lora
+from tasks.evaluate_and_save import Saved, evaluate_and_save
+from tasks.graph import Json
+from tasks.inference_mode import inference_mode
+from tasks.load_model import load_model
+from tasks.prepare_dataset import prepare_dataset
+from tasks.session import Session
+from tasks.summary import format_summary, metric_figures, summarise
+from tasks.tracking import Tracker
+from tasks.train import train
+from tasks.training_mode import training_mode
+from vlm.config import RunConfig
+
+
+@flow(name="vision-finetune", persist_result=False, validate_parameters=True)
+def vision_finetune(config: RunConfig | None = None, rerun_from: str | None = None) -> Json:
+    """Fine-tunes a vision-language model on image-text conversations.
+
+    Args:
+        config: All settings; without any, the built-in model learns the built-in receipts.
+        rerun_from: Step that must run, with all after it, although its result is there.
+
+    Returns:
+        What ran and what was cached, the metrics, and where everything is.
+    """
+    session = Session.open(config or RunConfig(), rerun_from=rerun_from)
+    if session.config.tracking.enabled:
+        session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None)
+    try:
+        saved = run_steps(session)
+        summary = summarise(session, *saved)
+        if session.tracker is not None:
+            refs = {f"{n}.{o}": ref for n, result in session.results.items() for o, ref in result.outputs.items()}
+            session.tracker.finish(refs, metric_figures(summary))
+        if not all(step["cached"] for step in summary["steps"].values()):
+            publish_to_prefect(summary)
+        return summary
+    except BaseException as error:
+        if session.tracker is not None:
+            session.tracker.fail(killed=not isinstance(error, Exception))
+        raise
+    finally:
+        session.close()
+
+
+def run_steps(session: Session) -> Saved:
+    """Runs the seven steps one after the other, in this thread.
+
+    Long GPU work stays in the main thread, where signals arrive and MLflow's active run is visible.
+    """
+    checkpoint = value_of(load_model(session, return_state=True))
+    adapter = value_of(configure_lora(session, checkpoint, return_state=True))
+    dataset = value_of(prepare_dataset(session, checkpoint, return_state=True))
+    plan = value_of(training_mode(session, checkpoint, adapter, dataset, return_state=True))
+    trained = value_of(train(session, checkpoint, adapter, dataset, plan, return_state=True))
+    predicted = value_of(inference_mode(session, checkpoint, dataset, trained.adapter, return_state=True))
+    return value_of(evaluate_and_save(session, checkpoint, dataset, plan, trained, predicted, return_state=True))
+
+
+def value_of(state: State[Any]) -> Any:
+    """What a step returned, or the error it ended in."""
+    return state.result()
+
+
+def publish_to_prefect(summary: Json) -> None:
+    """Shows metrics and the last lines on the run's page in the Prefect UI."""
+    rows = [
+        {"metric": name, "tuned": figures["tuned"]["value"], "base": (figures.get("base") or {}).get("value")}
+        for name, figures in summary["metrics"]["metrics"].items()
+    ]
+    create_table_artifact(rows, key="metrics", description="Tuned and base model on held-out rows")
+    create_markdown_artifact(f"```text\n{format_summary(summary)}\n```", key="summary", description="Last lines")

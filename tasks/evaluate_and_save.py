@@ -1,0 +1,97 @@
+"""Step 7: metrics, the report page, and one export per asked-for type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from artifacts.refs import ArtifactRef
+from tasks.delivery import deliver
+from tasks.graph import Json
+from tasks.inference_mode import Predicted
+from tasks.session import Session, package_versions
+from tasks.step import finish, step
+from tasks.train import Trained
+
+
+class Saved(NamedTuple):
+    """What the run leaves for people and for other programs."""
+
+    metrics: ArtifactRef
+    report: ArtifactRef
+    exports: dict[str, ArtifactRef]
+
+
+@step
+def evaluate_and_save(
+    session: Session,
+    checkpoint: ArtifactRef,
+    dataset: ArtifactRef,
+    plan: ArtifactRef,
+    trained: Trained,
+    predicted: Predicted,
+) -> Saved:
+    """Scores the answers, writes the report and exports the model by type."""
+    metrics = _metrics(session, predicted)
+    report = _report(session, metrics, trained.training, dataset, plan)
+    exports = {}
+    for kind in session.config.export.types:
+        exports[kind] = _export(session, kind, checkpoint, trained.adapter)
+        if session.config.export.destination is not None:
+            deliver(session, exports[kind], f"{session.config.export.destination.rstrip('/')}/{kind}")
+    return finish(session, "evaluate_and_save", Saved(metrics, report, exports))
+
+
+def _metrics(session: Session, predicted: Predicted) -> ArtifactRef:
+    def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
+        from vlm.evaluation.evaluate import evaluate_predictions
+
+        return evaluate_predictions(
+            inputs["tuned"], inputs.get("base"), session.config.evaluation, stage / "metrics"
+        ).to_json()
+
+    inputs = {"tuned": predicted.tuned}
+    if predicted.base is not None:
+        inputs["base"] = predicted.base
+    return session.run("evaluate_and_save.metrics", inputs, build).outputs["metrics"]
+
+
+def _report(
+    session: Session, metrics: ArtifactRef, training: ArtifactRef, dataset: ArtifactRef, plan: ArtifactRef
+) -> ArtifactRef:
+    refs = {"metrics": metrics, "training": training, "dataset": dataset, "plan": plan}
+
+    def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
+        from vlm.evaluation.report import render_report
+
+        return render_report(
+            stage / "report",
+            metrics_dir=inputs["metrics"],
+            training_dir=inputs["training"],
+            dataset_dir=inputs["dataset"],
+            plan_dir=inputs["plan"],
+            split=session.config.generation.split,
+            config=session.unit("evaluate_and_save.report").settings(session.resolved),
+            versions=package_versions(),
+            digests={name: ref.digest for name, ref in refs.items()},
+        ).to_json()
+
+    return session.run("evaluate_and_save.report", refs, build).outputs["report"]
+
+
+def _export(session: Session, kind: str, checkpoint: ArtifactRef, adapter: ArtifactRef) -> ArtifactRef:
+    def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
+        from vlm.export import export
+
+        return export(
+            kind,
+            inputs["checkpoint"],
+            inputs["adapter"],
+            stage / "export",
+            max_shard_size_mb=session.config.export.max_shard_size_mb,
+            device=session.resolved.device,
+        ).to_json()
+
+    inputs = {"checkpoint": checkpoint, "adapter": adapter}
+    return session.run(f"evaluate_and_save.export.{kind}", inputs, build).outputs["export"]

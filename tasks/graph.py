@@ -1,0 +1,223 @@
+"""What each step's key is made of, and which artifact comes from where.
+
+A *unit* is the smallest thing that is cached: most steps are one unit; inference is two (tuned and base model) and
+evaluation is several (metrics, report, one per export type), so that a second export does not repeat the first.
+This module is read by the tasks, which run units, and by the plan, which only explains them; it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlm.config import RunConfig
+from vlm.config.evaluation import ExportType
+
+STEPS = (
+    "load_model",
+    "configure_lora",
+    "prepare_dataset",
+    "training_mode",
+    "train",
+    "inference_mode",
+    "evaluate_and_save",
+)
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration with everything settled that depends on the machine.
+
+    Attributes:
+        config: The configuration as given.
+        device: ``"cpu"`` or ``"cuda"``.
+        precision: Data type of computation, such as ``"bfloat16"``.
+    """
+
+    config: RunConfig
+    device: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """An artifact that a unit reads.
+
+    Attributes:
+        unit: The unit that makes it.
+        output: Which of that unit's outputs it is.
+        subtree: Only this folder of it matters to the key ("" means all of it).
+    """
+
+    unit: str
+    output: str
+    subtree: str = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One cached piece of work.
+
+    Attributes:
+        name: Unique name; its first part is the step.
+        outputs: Names of the artifacts it makes, each also the artifact's kind.
+        code: Core modules whose code, with all they import from the core, decides the result.
+        settings: The part of the configuration that decides the result.
+        inputs: The artifacts it reads, by the name used in the key.
+        sources: Which outside content it reads: ``"model"``, ``"data"`` or nothing.
+        version: Raised by hand when the result changes for a reason that is not in the code.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    code: tuple[str, ...]
+    settings: Callable[[Resolved], Json]
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    sources: str | None = None
+    version: int = 1
+
+    @property
+    def step(self) -> str:
+        """The step this unit belongs to."""
+        return self.name.split(".", 1)[0]
+
+
+CHECKPOINT = Input("load_model", "checkpoint")
+INITIAL_ADAPTER = Input("configure_lora", "adapter")
+DATASET = Input("prepare_dataset", "dataset")
+PLAN = Input("training_mode", "plan")
+TRAINED_ADAPTER = Input("train", "adapter")
+TRAINING = Input("train", "training")
+TUNED = Input("inference_mode.tuned", "predictions")
+BASE = Input("inference_mode.base", "predictions")
+METRICS = Input("evaluate_and_save.metrics", "metrics")
+
+
+def _model_settings(run: Resolved) -> Json:
+    model = run.config.model
+    settings = model.model_dump(mode="json", exclude={"name", "revision", "precision"})
+    if model.quantization != "nf4":
+        del settings["double_quantization"]
+    return settings | {"precision": run.precision}
+
+
+def _data_settings(run: Resolved) -> Json:
+    # Where a source lies does not matter, what it holds does: that is in the key's sources.
+    settings = run.config.data.model_dump(mode="json")
+    for source in settings["sources"]:
+        del source["path"], source["revision"]
+    return settings
+
+
+def _training_settings(run: Resolved) -> Json:
+    # How often a checkpoint is written changes no result.
+    settings = run.config.training.model_dump(mode="json", exclude={"checkpoint_every_steps"})
+    return settings | {"device": run.device, "precision": run.precision}
+
+
+def _generation_settings(run: Resolved) -> Json:
+    settings = run.config.generation.model_dump(mode="json", exclude={"evaluate_base_model"})
+    return settings | {"device": run.device, "precision": run.precision}
+
+
+def _report_settings(run: Resolved) -> Json:
+    return run.config.model_dump(mode="json", exclude={"runtime", "tracking", "export"})
+
+
+def _export_settings(kind: ExportType) -> Callable[[Resolved], Json]:
+    def settings(run: Resolved) -> Json:
+        return {"type": kind} | ({} if kind == "lora" else {"max_shard_size_mb": run.config.export.max_shard_size_mb})
+
+    return settings
+
+
+def units_for(config: RunConfig) -> tuple[Unit, ...]:
+    """The units of one run, in the order in which they run.
+
+    Args:
+        config: Decides whether the base model answers too, and which exports are made.
+    """
+    with_base = config.generation.evaluate_base_model
+    predictions = {"tuned": TUNED} | ({"base": BASE} if with_base else {})
+    units = [
+        Unit("load_model", ("checkpoint",), ("vlm.loading.build",), _model_settings, sources="model"),
+        Unit(
+            "configure_lora",
+            ("adapter",),
+            ("vlm.lora.build", "vlm.loading.checkpoint"),
+            lambda run: run.config.lora.model_dump(mode="json"),
+            {"checkpoint": CHECKPOINT},
+        ),
+        Unit(
+            "prepare_dataset",
+            ("dataset",),
+            ("vlm.data.prepare",),
+            _data_settings,
+            # The tokenizer and the image processor decide lengths and sizes; the weights do not.
+            {"processor": Input("load_model", "checkpoint", "processor")},
+            sources="data",
+        ),
+        Unit(
+            "training_mode",
+            ("plan",),
+            ("vlm.training.plan",),
+            _training_settings,
+            {"checkpoint": CHECKPOINT, "adapter": INITIAL_ADAPTER, "dataset": DATASET},
+        ),
+        Unit(
+            "train",
+            ("adapter", "training"),
+            ("vlm.training.train",),
+            _training_settings,
+            {"checkpoint": CHECKPOINT, "adapter": INITIAL_ADAPTER, "dataset": DATASET, "plan": PLAN},
+        ),
+    ]
+    generation = ("vlm.generate", "vlm.lora.attach", "vlm.loading.checkpoint")
+    if with_base:
+        # Without the adapter among its inputs: a sweep over adapters pays for the base model once.
+        units.append(
+            Unit(
+                "inference_mode.base",
+                ("predictions",),
+                generation,
+                _generation_settings,
+                {"checkpoint": CHECKPOINT, "dataset": DATASET},
+            )
+        )
+    units += [
+        Unit(
+            "inference_mode.tuned",
+            ("predictions",),
+            generation,
+            _generation_settings,
+            {"checkpoint": CHECKPOINT, "dataset": DATASET, "adapter": TRAINED_ADAPTER},
+        ),
+        Unit(
+            "evaluate_and_save.metrics",
+            ("metrics",),
+            ("vlm.evaluation.evaluate",),
+            lambda run: run.config.evaluation.model_dump(mode="json"),
+            predictions,
+        ),
+        Unit(
+            "evaluate_and_save.report",
+            ("report",),
+            ("vlm.evaluation.report",),
+            _report_settings,
+            {"metrics": METRICS, "training": TRAINING, "dataset": DATASET, "plan": PLAN},
+        ),
+    ]
+    units += [
+        Unit(
+            f"evaluate_and_save.export.{kind}",
+            ("export",),
+            ("vlm.export",),
+            _export_settings(kind),
+            {"checkpoint": CHECKPOINT, "adapter": TRAINED_ADAPTER},
+        )
+        for kind in config.export.types
+    ]
+    return tuple(units)

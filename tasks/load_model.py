@@ -1,0 +1,27 @@
+"""Step 1: load the model quantised and keep it, with its processor, as a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from artifacts.refs import ArtifactRef
+from tasks.graph import Json
+from tasks.session import Session
+from tasks.step import finish, step
+
+
+@step
+def load_model(session: Session) -> ArtifactRef:
+    """Loads the model by family, quantises it and saves it as a checkpoint."""
+
+    def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
+        from vlm.loading.build import build_checkpoint
+
+        run = session.resolved
+        return build_checkpoint(
+            run.config.model, stage / "checkpoint", device=run.device, dtype=run.precision
+        ).to_json()
+
+    result = session.run("load_model", {}, build)
+    return finish(session, "load_model", result.outputs["checkpoint"])

@@ -1,0 +1,91 @@
+"""Says what a run would do and why, without running or importing anything heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from artifacts.keys import diff_documents, step_key
+from artifacts.refs import ArtifactRef
+from tasks.graph import Unit
+from tasks.session import Session
+
+HIT, MISS, FORCED, PENDING = "hit", "miss", "forced", "pending"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What would become of one unit.
+
+    Attributes:
+        unit: The unit's name.
+        status: ``hit``, ``miss``, ``forced`` (its result is there and it runs all the same), or ``pending``: it reads
+            an artifact that will be made first, and is a hit if that one comes out as it was.
+        reasons: What changed since it was last built, or what it waits for.
+        key: Its key, or None while that depends on an artifact that is not there yet.
+    """
+
+    unit: str
+    status: str
+    reasons: tuple[str, ...] = ()
+    key: str | None = None
+
+
+def plan_run(session: Session) -> Iterator[Planned]:
+    """Looks every unit of a run up, in order.
+
+    Args:
+        session: The run.
+
+    Yields:
+        One entry per unit.
+    """
+    known: dict[tuple[str, str], ArtifactRef] = {}
+    for unit in session.units:
+        missing = sorted({source.unit for source in unit.inputs.values() if (source.unit, source.output) not in known})
+        if missing:
+            yield Planned(unit.name, PENDING, (*_own_changes(session, unit), f"waits for {', '.join(missing)}"))
+            continue
+        inputs = {name: known[source.unit, source.output] for name, source in unit.inputs.items()}
+        document = session.document(unit, inputs)
+        key = step_key(document)
+        record = session.store.lookup(unit.name, key)
+        if unit.step in session.forced:
+            yield Planned(unit.name, FORCED, ("--rerun-from",), key)
+        elif record is None:
+            yield Planned(unit.name, MISS, _changes(session, unit, document), key)
+        else:
+            known |= {(unit.name, output): ref for output, ref in record.outputs.items()}
+            yield Planned(unit.name, HIT, (), key)
+
+
+def format_plan(planned: list[Planned]) -> str:
+    """A plan as lines of text, one per unit and one per reason."""
+    width = max(len(entry.unit) for entry in planned)
+    lines = []
+    for entry in planned:
+        key = f"  {entry.key[:12]}" if entry.key and entry.status == HIT else ""
+        lines.append(f"{entry.unit:<{width}}  {entry.status:<7}{key}".rstrip())
+        lines += [f"{'':<{width}}    {reason}" for reason in entry.reasons]
+    hits = sum(entry.status == HIT for entry in planned)
+    lines.append(f"{hits} of {len(planned)} are there.")
+    return "\n".join(lines)
+
+
+def _changes(session: Session, unit: Unit, document: dict[str, object]) -> tuple[str, ...]:
+    """The differences to the most similar earlier build: what the user changed, not what some other run had."""
+    differences = [diff_documents(dict(record), document) for record in session.store.records(unit.name)]
+    if not differences:
+        return ("never built in this store",)
+    closest = min(differences, key=len)
+    return tuple(closest) or ("its artifact was missing or damaged",)
+
+
+def _own_changes(session: Session, unit: Unit) -> tuple[str, ...]:
+    """Changes of the unit's own settings, while its inputs are not known yet."""
+    settings = unit.settings(session.resolved)
+    earlier = [dict(record).get("config") for record in session.store.records(unit.name)]
+    if not earlier:
+        return ()
+    differences = [diff_documents({"config": old}, {"config": settings}) for old in earlier]
+    return tuple(min(differences, key=len))

@@ -1,0 +1,276 @@
+"""One run's surroundings: the settled configuration, the store, and the way every unit is looked up or built."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from artifacts.code_digest import code_digest
+from artifacts.keys import step_key
+from artifacts.refs import ArtifactRef
+from artifacts.store import Store
+from tasks.graph import STEPS, Json, Resolved, Unit, units_for
+from vlm.config import RunConfig
+from vlm.errors import ConfigError, near_names
+from vlm.loading.device import detect_device, resolve_precision
+from vlm.progress import bar
+
+Outputs = dict[str, ArtifactRef]
+Build = Callable[[Path, Mapping[str, Path]], Json]
+
+VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "pillow", "vision-finetune")
+
+
+def cache_directory() -> Path:
+    """The folder for what can always be made again: file digests, downloads of remote artifacts.
+
+    ``VISION_FINETUNE_CACHE`` moves it; otherwise it lies in the user's cache folder.
+    """
+    if chosen := os.environ.get("VISION_FINETUNE_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "vision-finetune"
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What became of one unit.
+
+    Attributes:
+        unit: Its name.
+        key: The key of its inputs, settings and code.
+        outputs: Its artifacts by name.
+        cached: Whether they were there already.
+        wall_seconds: Time it took, including publishing.
+        info: The summary that the core returned when it was built.
+    """
+
+    unit: str
+    key: str
+    outputs: Outputs
+    cached: bool
+    wall_seconds: float
+    info: Json
+
+
+@dataclass
+class Session:
+    """Everything that the steps of one run share.
+
+    Not a pydantic model or part of any key: Prefect passes it through by reference, and it never leaves the process.
+
+    Attributes:
+        resolved: Configuration and machine.
+        store: Where artifacts live.
+        forced: Steps that run although their result is there.
+        results: What became of each unit so far.
+        tracker: Experiment tracking, or None.
+    """
+
+    resolved: Resolved
+    store: Store
+    forced: frozenset[str] = frozenset()
+    results: dict[str, UnitResult] = field(default_factory=dict)
+    tracker: Any = None
+    cache_dir: Path = field(default_factory=cache_directory)
+    _sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    _exit: ExitStack = field(default_factory=ExitStack)
+
+    @classmethod
+    def open(cls, config: RunConfig, *, rerun_from: str | None = None) -> Session:
+        """Settles the configuration on this machine and opens the store.
+
+        Args:
+            config: The configuration.
+            rerun_from: Name of the first step that must run even if its result is there.
+
+        Raises:
+            ConfigError: If there is no such step.
+            ResourceError: If the asked-for device is not there.
+            StoreError: If the store cannot be opened.
+        """
+        forced: frozenset[str] = frozenset()
+        if rerun_from is not None:
+            if rerun_from not in STEPS:
+                raise ConfigError(
+                    f"--rerun-from {rerun_from!r}: there is no such step. {near_names(rerun_from, STEPS, limit=7)}"
+                )
+            forced = frozenset(STEPS[STEPS.index(rerun_from) :])
+        device = detect_device(config.runtime.device)
+        resolved = Resolved(config, device, resolve_precision(config.model.precision, device))
+        cache_dir = cache_directory()
+        return cls(resolved, Store.open(config.runtime.store, cache_dir=cache_dir), forced, cache_dir=cache_dir)
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration of this run."""
+        return self.resolved.config
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units of this run, in order."""
+        return units_for(self.config)
+
+    def unit(self, name: str) -> Unit:
+        """The unit of that name."""
+        return next(unit for unit in self.units if unit.name == name)
+
+    def close(self) -> None:
+        """Gives back what the run holds."""
+        self._exit.close()
+
+    def document(self, unit: Unit, inputs: Mapping[str, ArtifactRef]) -> Json:
+        """The document whose hash is the unit's key.
+
+        Args:
+            unit: The unit.
+            inputs: The artifacts that it reads, by name.
+        """
+        digests = {}
+        for name, source in unit.inputs.items():
+            ref = inputs[name]
+            digests[name] = self.store.subtree_digest(ref, source.subtree) if source.subtree else ref.digest
+        return {
+            "unit": unit.name,
+            "version": unit.version,
+            "code": code_digest(unit.code, cache_dir=self.cache_dir),
+            "config": unit.settings(self.resolved),
+            "inputs": digests,
+            "sources": self._source_digests(unit.sources),
+        }
+
+    def key(self, name: str, inputs: Mapping[str, ArtifactRef]) -> str:
+        """The key of a unit, given what it reads."""
+        return step_key(self.document(self.unit(name), inputs))
+
+    def local(self, ref: ArtifactRef) -> Path:
+        """A verified, read-only folder with the artifact's files."""
+        progress = bar("reading artifact", ref.size_bytes, "B")
+        try:
+            return self.store.materialize(ref, on_bytes=progress.update)
+        finally:
+            progress.close()
+
+    def work_dir(self, key: str) -> Path:
+        """A folder on this machine for what an interrupted run of a unit picks up again."""
+        base = self.store.local_root or self.cache_dir
+        path = base / "work" / key
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def run(self, name: str, inputs: Mapping[str, ArtifactRef], build: Build) -> UnitResult:
+        """Looks a unit up and, if it is not there, builds, publishes and records it.
+
+        Args:
+            name: The unit.
+            inputs: The artifacts that it reads, by name.
+            build: Called with an empty folder per output (below one parent) and the verified local folders of the
+                inputs; returns a small summary that is kept with the record.
+
+        Returns:
+            The unit's result, also kept in ``results``.
+        """
+        unit = self.unit(name)
+        document = self.document(unit, inputs)
+        key = step_key(document)
+        started = time.monotonic()
+        forced = unit.step in self.forced
+        result = None if forced else self._lookup(unit, key)
+        if result is None:
+            with self.store.lock(unit.name, key):
+                # Another process may have built it while this one waited.
+                result = None if forced else self._lookup(unit, key)
+                if result is None:
+                    result = self._build(unit, key, document, inputs, build, started)
+                    shutil.rmtree(self.work_dir(key), ignore_errors=True)
+        self._exit.enter_context(self.store.pin(list(result.outputs.values())))
+        self.results[unit.name] = result
+        return result
+
+    def _lookup(self, unit: Unit, key: str) -> UnitResult | None:
+        record = self.store.lookup(unit.name, key)
+        if record is None:
+            return None
+        return UnitResult(unit.name, key, dict(record.outputs), cached=True, wall_seconds=0.0, info=dict(record.info))
+
+    def _build(
+        self,
+        unit: Unit,
+        key: str,
+        document: Json,
+        inputs: Mapping[str, ArtifactRef],
+        build: Build,
+        started: float,
+    ) -> UnitResult:
+        folders = {name: self.local(ref) for name, ref in inputs.items()}
+        provenance = {
+            "producer": unit.name,
+            "key": key,
+            "inputs": {name: ref.digest for name, ref in inputs.items()},
+            "versions": package_versions(),
+        }
+        with self.store.staging() as stage:
+            for output in unit.outputs:
+                (stage / output).mkdir()
+            info = build(stage, folders)
+            size_bytes = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+            progress = bar("publishing", size_bytes, "B")
+            try:
+                outputs = {
+                    output: self.store.publish(
+                        stage / output,
+                        kind=output,
+                        metadata={},
+                        provenance=provenance,
+                        consume=True,
+                        on_bytes=progress.update,
+                    )
+                    for output in unit.outputs
+                }
+            finally:
+                progress.close()
+        wall_seconds = time.monotonic() - started
+        self.store.record(unit.name, key, document, outputs, {"wall_seconds": round(wall_seconds, 3), **info})
+        return UnitResult(unit.name, key, outputs, cached=False, wall_seconds=wall_seconds, info=info)
+
+    def _source_digests(self, which: str | None) -> dict[str, str]:
+        if which is None:
+            return {}
+        if which not in self._sources:
+            self._sources[which] = self._read_sources(which)
+        return self._sources[which]
+
+    def _read_sources(self, which: str) -> dict[str, str]:
+        progress = bar(f"hashing {which}", None, "B")
+        try:
+            if which == "model":
+                from vlm.loading.identity import model_digest
+
+                model = self.config.model
+                return {"model": model_digest(model, cache_dir=self.cache_dir, on_bytes=progress.update)}
+            from vlm.data.fingerprint import source_digest
+
+            return {
+                f"data.sources[{number}]": source_digest(source, cache_dir=self.cache_dir, on_bytes=progress.update)
+                for number, source in enumerate(self.config.data.sources)
+            }
+        finally:
+            progress.close()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that can change a result, of those that are installed."""
+    found = {}
+    for name in VERSIONED_PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,189 @@
+"""MLflow: one run per flow that did any work, and one nested run per training.
+
+MLflow takes seconds to import, so a run with nothing to do never touches it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from artifacts.refs import ArtifactRef
+from tasks.graph import Json
+from tasks.session import Session
+
+RUN_ID_FILE = "mlflow_run_id"
+
+
+def tracking_uri(session: Session) -> str:
+    """The address that runs are logged to.
+
+    The default is a SQLite file beside a local store, and in the working directory otherwise.
+    """
+    if session.config.tracking.uri is not None:
+        return session.config.tracking.uri
+    root = session.store.local_root
+    folder = root.parent if root is not None else Path.cwd()
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+class Tracker:
+    """Logs one flow run; opened by the first step that really runs."""
+
+    def __init__(self, session: Session, flow_run_id: str | None) -> None:
+        """Prepares, without importing MLflow.
+
+        Args:
+            session: The run to log.
+            flow_run_id: Prefect's id of it.
+        """
+        self.session = session
+        self.flow_run_id = flow_run_id
+        self.uri = tracking_uri(session)
+        self.run_id: str | None = None
+
+    def start(self) -> str:
+        """Opens the MLflow run unless it is open; returns its id."""
+        if self.run_id is not None:
+            return self.run_id
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        import mlflow
+
+        mlflow.set_tracking_uri(self.uri)
+        with _first_use(self.uri):
+            mlflow.set_experiment(self.session.config.tracking.experiment)
+        run = mlflow.start_run(tags=self._tags())
+        mlflow.log_params(flat(self.session.config.model_dump(mode="json", exclude={"runtime", "tracking"})))
+        self.run_id = str(run.info.run_id)
+        return self.run_id
+
+    @contextmanager
+    def training(self, work_dir: Path) -> Iterator[Any]:
+        """Opens the nested run of a training, the same one again when it resumes; yields its logging callback."""
+        self.start()
+        import mlflow
+
+        remembered = work_dir / RUN_ID_FILE
+        run_id = remembered.read_text().strip() if remembered.exists() else None
+        if run_id is not None:
+            # A nested run that resumes keeps its curve, below the flow run that finishes it.
+            nested = mlflow.start_run(run_id=run_id, nested=True)
+        else:
+            nested = mlflow.start_run(run_name="train", nested=True, tags=self._tags())
+            remembered.write_text(nested.info.run_id)
+        with nested:
+            mlflow.log_params(flat({"training": self.session.config.training.model_dump(mode="json")}))
+            yield _metric_callback()
+
+    def finish(self, digests: dict[str, ArtifactRef], metrics: dict[str, float]) -> None:
+        """Logs what the run made and closes it; does nothing when nothing ran.
+
+        Args:
+            digests: Artifacts by name.
+            metrics: Final figures by name.
+        """
+        if self.run_id is None:
+            return
+        import mlflow
+
+        mlflow.set_tags({f"artifact.{name}": ref.digest for name, ref in digests.items()})
+        mlflow.log_metrics(metrics)
+        if dataset := digests.get("prepare_dataset.dataset"):
+            _log_dataset(dataset)
+        mlflow.end_run()
+
+    def fail(self, killed: bool) -> None:
+        """Closes the run of a flow that did not finish."""
+        if self.run_id is not None:
+            import mlflow
+
+            while mlflow.active_run() is not None:
+                mlflow.end_run("KILLED" if killed else "FAILED")
+
+    def _tags(self) -> dict[str, str]:
+        return {"prefect.flow_run_id": self.flow_run_id} if self.flow_run_id else {}
+
+
+@contextmanager
+def training_callbacks(session: Session, work_dir: Path) -> Iterator[list[Any]]:
+    """The callbacks with which a training reports to whatever tracks this run."""
+    if session.tracker is None:
+        yield []
+        return
+    with session.tracker.training(work_dir) as callback:
+        yield [callback]
+
+
+def flat(tree: Json, prefix: str = "") -> dict[str, str]:
+    """Flattens nested settings to dotted names, as MLflow shows parameters."""
+    leaves: dict[str, str] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves |= flat(value, f"{prefix}{name}.")
+        else:
+            leaves[f"{prefix}{name}"] = str(value)
+    return leaves
+
+
+@contextmanager
+def _first_use(uri: str) -> Iterator[None]:
+    """Lets one process at a time create the SQLite tables: several at once fail half-way through."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{database}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _log_dataset(ref: ArtifactRef) -> None:
+    import mlflow
+    from mlflow.data.dataset_source import DatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+
+    class StoreSource(DatasetSource):
+        """Points at an artifact of the store."""
+
+        @staticmethod
+        def _get_source_type() -> str:
+            return "artifact"
+
+        def load(self) -> Any:
+            raise NotImplementedError("the artifact store materialises datasets")
+
+        @staticmethod
+        def _can_resolve(raw_source: Any) -> bool:
+            return False
+
+        @classmethod
+        def _resolve(cls, raw_source: Any) -> StoreSource:
+            return cls()
+
+        def to_dict(self) -> dict[str, str]:
+            return {"digest": ref.digest}
+
+        @classmethod
+        def from_dict(cls, source_dict: dict[Any, Any]) -> StoreSource:
+            return cls()
+
+    mlflow.log_input(MetaDataset(StoreSource(), name="dataset", digest=ref.digest[:36]), context="training")
+
+
+def _metric_callback() -> Any:
+    import mlflow
+    from transformers import TrainerCallback
+
+    class LogMetrics(TrainerCallback):
+        """Sends every logged figure to the active MLflow run."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            figures = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
+            mlflow.log_metrics(figures, step=state.global_step)
+
+    return LogMetrics()

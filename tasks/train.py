@@ -1,0 +1,48 @@
+"""Step 5: train the adapter, resuming where an interrupted run stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from artifacts.refs import ArtifactRef
+from tasks.graph import Json
+from tasks.models import held_model
+from tasks.session import Session
+from tasks.step import finish, step
+
+
+class Trained(NamedTuple):
+    """What training leaves behind."""
+
+    adapter: ArtifactRef
+    training: ArtifactRef
+
+
+@step
+def train(
+    session: Session, checkpoint: ArtifactRef, adapter: ArtifactRef, dataset: ArtifactRef, plan: ArtifactRef
+) -> Trained:
+    """Trains the adapter with TRL's SFTTrainer as planned."""
+    inputs = {"checkpoint": checkpoint, "adapter": adapter, "dataset": dataset, "plan": plan}
+
+    def build(stage: Path, folders: Mapping[str, Path]) -> Json:
+        from tasks.tracking import training_callbacks
+        from vlm.training.train import train_adapter
+
+        work_dir = session.work_dir(session.key("train", inputs))
+        with training_callbacks(session, work_dir) as callbacks:
+            return train_adapter(
+                held_model(session, checkpoint),
+                folders["adapter"],
+                folders["dataset"],
+                folders["plan"],
+                session.config.training,
+                stage,
+                work_dir=work_dir,
+                callbacks=callbacks,
+            ).to_json()
+
+    result = session.run("train", inputs, build)
+    return finish(session, "train", Trained(result.outputs["adapter"], result.outputs["training"]))

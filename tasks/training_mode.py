@@ -1,0 +1,36 @@
+"""Step 4: plan the training and refuse, before any GPU time is spent, what would not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from artifacts.refs import ArtifactRef
+from tasks.graph import Json
+from tasks.session import Session
+from tasks.step import finish, step
+
+
+@step
+def training_mode(
+    session: Session, checkpoint: ArtifactRef, adapter: ArtifactRef, dataset: ArtifactRef
+) -> ArtifactRef:
+    """Plans batches, steps and precision, and estimates memory."""
+
+    def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
+        from vlm.training.plan import make_plan
+
+        run = session.resolved
+        return make_plan(
+            inputs["dataset"],
+            inputs["checkpoint"],
+            inputs["adapter"],
+            run.config.training,
+            stage / "plan",
+            device=run.device,
+            dtype=run.precision,
+        ).to_json()
+
+    inputs = {"checkpoint": checkpoint, "adapter": adapter, "dataset": dataset}
+    result = session.run("training_mode", inputs, build)
+    return finish(session, "training_mode", result.outputs["plan"])
