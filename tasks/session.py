@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,11 @@ class UnitResult:
     info: Json
 
 
-@dataclass
 class Session:
     """Everything that the steps of one run share.
 
-    Not a pydantic model or part of any key: Prefect passes it through by reference, and it never leaves the process.
+    A plain class on purpose: Prefect looks into dataclasses and models that are passed to tasks, and this one holds
+    the store. It is no part of any key and never leaves the process.
 
     Attributes:
         resolved: Configuration and machine.
@@ -72,16 +72,18 @@ class Session:
         forced: Steps that run although their result is there.
         results: What became of each unit so far.
         tracker: Experiment tracking, or None.
+        cache_dir: Folder for what can always be made again.
     """
 
-    resolved: Resolved
-    store: Store
-    forced: frozenset[str] = frozenset()
-    results: dict[str, UnitResult] = field(default_factory=dict)
-    tracker: Any = None
-    cache_dir: Path = field(default_factory=cache_directory)
-    _sources: dict[str, dict[str, str]] = field(default_factory=dict)
-    _exit: ExitStack = field(default_factory=ExitStack)
+    def __init__(self, resolved: Resolved, store: Store, *, forced: frozenset[str], cache_dir: Path) -> None:
+        self.resolved = resolved
+        self.store = store
+        self.forced = forced
+        self.cache_dir = cache_dir
+        self.results: dict[str, UnitResult] = {}
+        self.tracker: Any = None
+        self._sources: dict[str, dict[str, str]] = {}
+        self._exit = ExitStack()
 
     @classmethod
     def open(cls, config: RunConfig, *, rerun_from: str | None = None) -> Session:
@@ -106,7 +108,8 @@ class Session:
         device = detect_device(config.runtime.device)
         resolved = Resolved(config, device, resolve_precision(config.model.precision, device))
         cache_dir = cache_directory()
-        return cls(resolved, Store.open(config.runtime.store, cache_dir=cache_dir), forced, cache_dir=cache_dir)
+        store = Store.open(config.runtime.store, cache_dir=cache_dir)
+        return cls(resolved, store, forced=forced, cache_dir=cache_dir)
 
     @property
     def config(self) -> RunConfig:

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.vision_finetune import vision_finetune
+from tasks.graph import STEPS
+from tasks.plan import FORCED, HIT, MISS, PENDING, Planned, plan_run
+from tasks.session import Session
+from tasks.summary import format_summary
+from vlm.config import RunConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prefect() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="module")
+def first_run(small_settings: dict[str, Any]) -> dict[str, Any]:
+    return vision_finetune(RunConfig.model_validate(small_settings))
+
+
+def merged(settings: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate(settings | {name: settings.get(name, {}) | part for name, part in sections.items()})
+
+
+def ran(summary: dict[str, Any]) -> set[str]:
+    return {unit for step in summary["steps"].values() for unit in step["ran"]}
+
+
+def planned(config: RunConfig, rerun_from: str | None = None) -> dict[str, Planned]:
+    return {entry.unit: entry for entry in plan_run(Session.open(config, rerun_from=rerun_from))}
+
+
+def test_all_seven_steps_run(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    assert tuple(first_run["steps"]) == STEPS
+    assert all(step["ran"] for step in first_run["steps"].values())
+    metrics = first_run["metrics"]["metrics"]
+    assert set(metrics) == {"cer", "wer", "exact_match"}
+    assert metrics["cer"]["tuned"]["value"] >= 0
+    assert first_run["metrics"]["num_rows"] == 4
+    adapter = Path(first_run["locations"]["adapter"])
+    assert (adapter / "adapter_model.safetensors").exists()
+    page = Path(first_run["locations"]["report"]).read_text()
+    assert "<html" in page
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    lines = format_summary(first_run).splitlines()
+    assert len(lines) < 24
+    assert any(line.startswith("metric   cer") for line in lines)
+
+
+def test_a_rerun_does_nothing(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    again = vision_finetune(RunConfig.model_validate(small_settings))
+    assert ran(again) == set()
+    assert again["artifacts"] == first_run["artifacts"]
+    assert again["metrics"] == first_run["metrics"]
+    assert all(entry.status == HIT for entry in planned(RunConfig.model_validate(small_settings)).values())
+
+
+def test_cached_steps_show_as_cached(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    state = vision_finetune(RunConfig.model_validate(small_settings), return_state=True)
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    with get_client(sync_client=True) as client:
+        runs = client.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+        )
+    assert {run.name.rsplit("-", 1)[0] for run in runs} == set(STEPS)
+    assert {run.state_name for run in runs} == {"Cached"}
+
+
+def test_another_learning_rate_shares_what_lies_above(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    config = merged(small_settings, training={"learning_rate": 1e-3})
+    plan = planned(config)
+    assert {name for name, entry in plan.items() if entry.status == HIT} == {
+        "load_model",
+        "configure_lora",
+        "prepare_dataset",
+        "inference_mode.base",
+    }
+    assert plan["training_mode"].status == MISS
+    assert any("config.learning_rate" in reason and "0.001" in reason for reason in plan["training_mode"].reasons)
+    assert plan["train"].status == PENDING
+    summary = vision_finetune(config)
+    assert "train" in ran(summary)
+    assert not {"load_model", "configure_lora", "prepare_dataset", "inference_mode.base"} & ran(summary)
+    assert summary["artifacts"]["train.adapter"] != first_run["artifacts"]["train.adapter"]
+
+
+def test_a_second_export_repeats_nothing_else(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    summary = vision_finetune(merged(small_settings, export={"types": ["lora", "merged_16bit"]}))
+    assert ran(summary) == {"evaluate_and_save.export.merged_16bit"}
+    assert (Path(summary["locations"]["merged_16bit"]) / "config.json").exists()
+
+
+def test_rerun_from_forces_a_step_and_all_after_it(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    config = RunConfig.model_validate(small_settings)
+    plan = planned(config, rerun_from="inference_mode")
+    assert plan["train"].status == HIT
+    assert plan["inference_mode.tuned"].status == FORCED
+    summary = vision_finetune(config, rerun_from="inference_mode")
+    assert {unit.split(".")[0] for unit in ran(summary)} == {"inference_mode", "evaluate_and_save"}
+    # The same inputs give the same bytes.
+    for name in ("inference_mode.tuned.predictions", "inference_mode.base.predictions", "evaluate_and_save.metrics.metrics"):
+        assert summary["artifacts"][name] == first_run["artifacts"][name]
+
+
+def test_a_damaged_artifact_is_made_again(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    config = RunConfig.model_validate(small_settings)
+    session = Session.open(config)
+    assert session.store.local_root is not None
+    digest = first_run["artifacts"]["evaluate_and_save.metrics.metrics"]
+    entry = next(file for file in session.store.manifest(digest).files if file.path == "metrics.json")
+    damaged = session.store.local_root / "objects" / entry.sha256[:2] / entry.sha256
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.chmod(0o644)
+    damaged.write_bytes(bytes(content))
+    summary = vision_finetune(config)
+    assert "evaluate_and_save.metrics" in ran(summary)
+    assert summary["artifacts"] == first_run["artifacts"]
+
+
+def test_one_nested_mlflow_run_per_training(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    import mlflow
+
+    store = Path(small_settings["runtime"]["store"])
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{store.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("vision-finetune")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert nested
+    parent = client.get_run(nested[-1].data.tags["mlflow.parentRunId"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["artifact.train.adapter"] == first_run["artifacts"]["train.adapter"]
+    assert "prefect.flow_run_id" in parent.data.tags
+    assert parent.data.params["lora.rank"] == "4"
+    assert "tuned_cer" in parent.data.metrics
+    assert parent.inputs.dataset_inputs
+    assert len(client.get_metric_history(nested[-1].info.run_id, "loss")) == 3
+
+
+def test_the_export_is_delivered_once(first_run: dict[str, Any], small_settings: dict[str, Any], tmp_path: Path) -> None:
+    config = merged(small_settings, export={"destination": str(tmp_path / "out")})
+    vision_finetune(config)
+    marker = tmp_path / "out" / "lora" / "artifact.json"
+    assert json.loads(marker.read_text())["digest"] == first_run["artifacts"]["evaluate_and_save.export.lora.export"]
+    written = (tmp_path / "out" / "lora" / "adapter_model.safetensors").stat().st_mtime_ns
+    vision_finetune(config)
+    assert (tmp_path / "out" / "lora" / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.vision_finetune", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=dict(os.environ))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--model.name", "nowhere/at-all"], "nowhere/at-all"),
+        (["--data.sources", "missing.parquet"], "missing.parquet"),
+        (["--runtime.store", "/proc/store"], "/proc/store"),
+    ],
+)
+def test_bad_input_is_one_error_without_a_traceback(settings: list[str], message: str, tmp_path: Path) -> None:
+    done = run_command("--runtime.store", str(tmp_path / "store"), *settings, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert message in done.stderr
+
+
+@pytest.fixture
+def real_lines(shared_data: Path, tmp_path: Path) -> Callable[[str], RunConfig]:
+    def config(name: str) -> RunConfig:
+        sources = [{"path": str(shared_data / name / f"{s}.parquet"), "split": s, "max_rows": 8} for s in ("train", "test")]
+        return RunConfig.model_validate(
+            {
+                "data": {"sources": sources},
+                "training": {"max_steps": 1, "gradient_accumulation": 1},
+                "generation": {"max_rows": 2, "max_new_tokens": 8},
+                "runtime": {"store": str(tmp_path / "store")},
+                "tracking": {"enabled": False},
+            }
+        )
+
+    return config
+
+
+@pytest.mark.parametrize("name", ["sroie_lines", "tabmwp"])
+def test_real_data(name: str, real_lines: Callable[[str], RunConfig]) -> None:
+    summary = vision_finetune(real_lines(name))
+    assert summary["metrics"]["num_rows"] == 2

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from tasks.graph import STEPS, Resolved, units_for
+from vlm.config import RunConfig
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+# Settings that no key holds as they are, each with the reason.
+NOT_IN_KEYS = {
+    "model.name": "its content is",
+    "model.revision": "its content is",
+    "model.precision": "what it resolves to is",
+    "data.sources": "their content is",
+    "training.checkpoint_every_steps": "changes no result",
+    "generation.evaluate_base_model": "decides which units there are",
+    "export.types": "decides which units there are",
+    "export.destination": "a copy is no artifact",
+}
+
+OTHER_VALUES: dict[str, Any] = {
+    "model.quantization": "int8",
+    "model.keep_unquantized": ["vision"],
+    "data.on_too_long": "shrink_images",
+    "training.schedule": "cosine",
+    "training.optimizer": "adamw",
+    "training.max_steps": 7,
+    "training.epochs": 3.0,
+    "generation.split": "validation",
+    "evaluation.metrics": ["cer"],
+    "evaluation.unicode_form": "NFKC",
+    "lora.rank_pattern": {"q_proj": 4},
+    "data.columns.images": ["scan"],
+}
+
+
+def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def changed(name: str, value: Any) -> RunConfig:
+    if name in OTHER_VALUES:
+        other = OTHER_VALUES[name]
+    elif isinstance(value, bool):
+        other = not value
+    elif isinstance(value, int):
+        other = value + 20
+    elif isinstance(value, float):
+        other = value / 2 + 0.01
+    elif isinstance(value, tuple):
+        other = ["something"]
+    elif value is None:
+        other = 40 if any(word in name for word in ("pixels", "tokens", "rows", "steps")) else "something"
+    else:
+        other = f"{value} and more"
+    tree: dict[str, Any] = RunConfig().model_dump(mode="json")
+    *sections, leaf = name.split(".")
+    node = tree
+    for section in sections:
+        node = node[section]
+    node[leaf] = other
+    return RunConfig.model_validate(tree)
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    resolved = Resolved(config, "cpu", "float32")
+    return {unit.name: unit.settings(resolved) for unit in units_for(config) if "report" not in unit.name}
+
+
+CONFIG = RunConfig(export={"types": ["lora", "merged_16bit"]})
+TRACKED = [name for name, _ in leaves(RunConfig()) if name.split(".")[0] not in ("runtime", "tracking")]
+
+
+@pytest.mark.parametrize("name", [name for name in TRACKED if name not in NOT_IN_KEYS])
+def test_every_setting_changes_a_key(name: str) -> None:
+    config = changed(name, dict(leaves(RunConfig()))[name])
+    with_exports = {"types": ["lora", "merged_16bit"], "max_shard_size_mb": config.export.max_shard_size_mb}
+    config = RunConfig.model_validate(config.model_dump() | {"export": with_exports})
+    if name == "model.double_quantization":
+        assert settings_of(config)["load_model"] != settings_of(CONFIG)["load_model"]
+    assert settings_of(config) != settings_of(CONFIG)
+
+
+@pytest.mark.parametrize("name", [name for name in NOT_IN_KEYS if name.startswith(("model", "data", "training"))])
+def test_settings_kept_out_of_keys_change_none(name: str) -> None:
+    value = {"model.precision": "float32", "data.sources": ["elsewhere.parquet"]}.get(name)
+    tree: dict[str, Any] = RunConfig().model_dump(mode="json")
+    section, leaf = name.split(".")
+    tree[section][leaf] = value if value is not None else (17 if "steps" in name else "other")
+    assert settings_of(RunConfig.model_validate(tree)) == settings_of(RunConfig())
+
+
+def test_learning_rate_and_rank_share_what_lies_above_them() -> None:
+    base = settings_of(RunConfig())
+    rate = settings_of(RunConfig(training={"learning_rate": 1e-3}))
+    rank = settings_of(RunConfig(lora={"rank": 4}))
+    assert {name for name in base if base[name] != rate[name]} == {"training_mode", "train"}
+    assert {name for name in base if base[name] != rank[name]} == {"configure_lora"}
+
+
+def test_inputs_come_from_earlier_units_and_outputs_that_exist() -> None:
+    seen: dict[str, tuple[str, ...]] = {}
+    for unit in units_for(CONFIG):
+        assert unit.step in STEPS
+        for source in unit.inputs.values():
+            assert source.output in seen[source.unit]
+        seen[unit.name] = unit.outputs
+    assert {unit.step for unit in units_for(CONFIG)} == set(STEPS)
+
+
+def test_base_predictions_do_not_depend_on_the_adapter() -> None:
+    units = {unit.name: unit for unit in units_for(CONFIG)}
+    assert "adapter" not in units["inference_mode.base"].inputs
+    assert "adapter" in units["inference_mode.tuned"].inputs
+
+
+def test_code_of_every_unit_exists() -> None:
+    for unit in units_for(CONFIG):
+        for module in unit.code:
+            path = PROJECT / module.replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), module
