@@ -1,0 +1,93 @@
+"""Tiny random checkpoints of every family, as folders laid out like those on the Hub, and conversations to feed them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.builtin.model import fill_with_noise, language_config, media_config, token_config, write_checkpoint
+
+TINY_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+
+_LANGUAGE = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 2}
+_VISION = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+
+
+def make_tiny_checkpoint(model_type: str, dir: Path, seed: int = 0) -> Path:
+    """Writes a float32 checkpoint of under a million parameters.
+
+    Args:
+        model_type: Name in the family table.
+        dir: Folder, made if need be.
+        seed: Of the weights.
+
+    Returns:
+        The folder: config, safetensors, tokenizer, chat template, image and video processor files.
+    """
+    dir.mkdir(parents=True, exist_ok=True)
+    build, processor_class = _BUILDERS[model_type]
+    model = build()
+    fill_with_noise(model, seed)
+    write_checkpoint(model, dir, processor_class=processor_class)
+    return dir
+
+
+def _qwen2_vl() -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {**_VISION, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
+    text = {**language_config(**_LANGUAGE), **token_config()}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **media_config()))
+
+
+def _qwen2_5_vl() -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {
+        **_VISION,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "out_hidden_size": 64,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    }
+    text = {**language_config(**_LANGUAGE), **token_config()}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **media_config())
+    )
+
+
+_BUILDERS = {
+    "qwen2_vl": (_qwen2_vl, "Qwen2VLProcessor"),
+    "qwen2_5_vl": (_qwen2_5_vl, "Qwen2_5_VLProcessor"),
+}
+
+
+def tiny_image(height: int = 56, width: int = 84, seed: int = 0) -> np.ndarray:
+    """Random uint8 image of shape [height, width, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def tiny_conversation(
+    answer: str = "Total 12.50", image_sizes: tuple[tuple[int, int], ...] = ((56, 84),), seed: int = 0
+) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """One question about images, and its answer.
+
+    Args:
+        answer: The assistant's words.
+        image_sizes: Height and width of each image; multiples of 28 with an area within the processor's limits are
+            target sizes already.
+        seed: Of the pixels.
+
+    Returns:
+        Messages as in a prepared dataset (image parts without pixels), and the images.
+    """
+    parts: list[dict[str, Any]] = [{"type": "image"} for _ in image_sizes]
+    parts.append({"type": "text", "text": "Transcribe the text in the image."})
+    messages = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    return messages, [tiny_image(height, width, seed + index) for index, (height, width) in enumerate(image_sizes)]

@@ -1,0 +1,137 @@
+"""What the pipeline needs to know about one family of models: a frozen row of data and small functions.
+
+Nothing here imports torch or transformers; the media functions of a row do so when they are called.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+PartName = Literal["head", "projector", "vision", "language"]
+
+
+@dataclass(frozen=True)
+class MediaParts:
+    """The pieces of a processor that a family's media functions work with.
+
+    Attributes:
+        image_processor: The transformers image processor (PIL backend).
+        settings: Plain values of `processor_config.json`, such as a patch size kept there and not in the image processor.
+        token_id: Gives the id of a token string.
+    """
+
+    image_processor: Any
+    settings: Mapping[str, Any]
+    token_id: Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The same media token `count` times in a row, within the text that stands for an image."""
+
+    token: str
+    count: int
+
+
+# The text that stands for an image: literal text and runs of media tokens, in order.
+ImageLayout = tuple["str | Run", ...]
+# Images of a batch, one sequence per row of the batch: uint8 arrays of shape [height, width, 3].
+RowImages = Sequence[Sequence["np.ndarray"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of models. All patterns are regular expressions that must match a whole name.
+
+    Attributes:
+        model_type: Name in the family table.
+        title: Name for people.
+        architectures: Values of `architectures` in `config.json` that mean this family.
+        config_types: Values of `model_type` in `config.json` that mean this family, where no architecture is given.
+        model_class: Class in transformers that loads a checkpoint of this family.
+        language_attention: Full names of the attention projections of the language model, cross-attention included.
+        language_mlp: Full names of the feed-forward projections of the language model.
+        vision_attention: Full names of the attention projections of all vision encoders.
+        vision_mlp: Full names of the feed-forward projections of all vision encoders.
+        projector: Full names of the linear layers between vision and language.
+        language_expert_parameters: Full names of 3-D expert *parameters* (no modules), which LoRA and quantisation
+            have to treat apart; None where the family has none.
+        language_layer: Full names of the decoder layers.
+        vision_layer: Full names of the vision encoders' layers.
+        parts: Part names with the pattern of all module names in them; the first match counts.
+        image_placeholder: What the chat template writes for an image, before it is expanded.
+        image_token: The media token whose embedding is replaced by image features.
+        media_tokens: All tokens around and for images and videos; none of them ever carries loss.
+        target_size: `(parts, height, width, min_pixels, max_pixels)` to the (height, width) that an image is resized to.
+        image_layout: `(parts, height, width)` of an image at its target size to the text that stands for it.
+        pixel_inputs: `(parts, images of each row)` to the model's image tensors.
+        token_inputs: `(parts, input_ids of shape [batch, sequence], pixel inputs)` to further tensors that the model
+            needs beside the ids, such as token types or a cross-attention mask.
+    """
+
+    model_type: str
+    title: str
+    architectures: tuple[str, ...]
+    config_types: tuple[str, ...]
+    model_class: str
+    language_attention: str
+    language_mlp: str
+    vision_attention: str
+    vision_mlp: str
+    projector: str
+    language_expert_parameters: str | None = None
+    language_layer: str
+    vision_layer: str
+    parts: tuple[tuple[PartName, str], ...]
+    image_placeholder: str
+    image_token: str
+    media_tokens: tuple[str, ...]
+    target_size: Callable[[MediaParts, int, int, int | None, int | None], tuple[int, int]]
+    image_layout: Callable[[MediaParts, int, int], ImageLayout]
+    pixel_inputs: Callable[[MediaParts, RowImages], dict[str, torch.Tensor]]
+    token_inputs: Callable[[MediaParts, torch.Tensor, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+    def part_of(self, name: str) -> PartName | None:
+        """The part that a module or parameter belongs to.
+
+        Args:
+            name: Full name, such as ``"model.visual.blocks.0.attn.qkv"``.
+
+        Returns:
+            The part, or None for a name outside all parts.
+        """
+        for part, pattern in _compiled(self.parts):
+            if pattern.fullmatch(name):
+                return part
+        return None
+
+
+@functools.cache
+def _compiled(parts: tuple[tuple[PartName, str], ...]) -> tuple[tuple[PartName, re.Pattern[str]], ...]:
+    return tuple((part, re.compile(pattern)) for part, pattern in parts)
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's section of a `config.json`, or the whole of it where the file is flat."""
+    for key in ("text_config", "language_config", "llm_config"):
+        section = config.get(key)
+        if isinstance(section, Mapping):
+            return section
+    return config
+
+
+def context_length_tokens(config: Mapping[str, Any]) -> int | None:
+    """Longest sequence that a model was made for, by its `config.json`; None where that does not say."""
+    for section in (text_config(config), config):
+        value = section.get("max_position_embeddings")
+        if isinstance(value, int):
+            return value
+    return None

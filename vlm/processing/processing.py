@@ -1,0 +1,243 @@
+"""A model's processor, built from its parts so that images need no torchvision.
+
+transformers is imported when a folder is opened, torch when tensors are made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from vlm.errors import ModelError
+from vlm.families import Family, MediaParts, Run
+from vlm.processing import files
+from vlm.processing.encoding import ChatEncoder, Encoded
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+
+class Processing:
+    """Everything between messages with images and a model's inputs. Safe to use from several threads.
+
+    Build it with `Processing.from_dir`.
+
+    Attributes:
+        family: Row of the family table.
+        tokenizer: The transformers tokenizer.
+        image_processor: The transformers image processor, PIL backend.
+        chat_template: Jinja source of the chat template.
+        context_length_tokens: Longest sequence that the model was made for; None where its config does not say.
+        stop_token_ids: Ids that end a generated answer.
+        media_token_ids: Ids of image, video and surrounding tokens; they carry no loss.
+        image_token_id: Id whose embedding is replaced by image features.
+        pad_token_id: Id for padding.
+    """
+
+    def __init__(
+        self,
+        *,
+        family: Family,
+        tokenizer: Any,
+        image_processor: Any,
+        chat_template: str,
+        settings: Mapping[str, Any],
+        source_dir: Path,
+        context_length_tokens: int | None,
+        stop_token_ids: tuple[int, ...],
+    ) -> None:
+        self.family = family
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.chat_template = chat_template
+        self.context_length_tokens = context_length_tokens
+        self.stop_token_ids = stop_token_ids or (tokenizer.eos_token_id,)
+        self._source_dir = source_dir
+        self._parts = MediaParts(image_processor, settings, tokenizer.convert_tokens_to_ids)
+        self._encoder = ChatEncoder(tokenizer, chat_template, family)
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(family.image_token)
+        known = tokenizer.get_vocab()
+        self.media_token_ids = frozenset(known[token] for token in family.media_tokens if token in known)
+        if family.image_token not in known:
+            raise ModelError(
+                f"the tokenizer in {source_dir} has no {family.image_token!r}, which {family.title} needs for images;"
+                " use the tokenizer that belongs to the model"
+            )
+        self.pad_token_id: int = self.stop_token_ids[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    @classmethod
+    def from_dir(cls, processor_dir: Path) -> Processing:
+        """Opens a processor folder (ours, or a whole checkpoint folder as on the Hub).
+
+        Args:
+            processor_dir: Folder with tokenizer, `preprocessor_config.json` or `processor_config.json`, and a chat template.
+
+        Raises:
+            ModelError: The folder lacks one of them, or the tokenizer has no `tokenizers` backend.
+        """
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        processor_dir = Path(processor_dir)
+        family, context_length, stop_token_ids = files.describe(processor_dir)
+        if not any((processor_dir / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+            raise ModelError(
+                f"{processor_dir} has neither preprocessor_config.json nor processor_config.json, so images cannot be"
+                " prepared as the model expects; copy them from the original model"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(processor_dir, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"the tokenizer in {processor_dir} cannot be opened ({error}); fetch the model again"
+            ) from error
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"the tokenizer in {processor_dir} has no tokenizer.json, which is needed to find the assistant's words;"
+                " convert it with transformers' save_pretrained"
+            )
+        return cls(
+            family=family,
+            tokenizer=tokenizer,
+            image_processor=AutoImageProcessor.from_pretrained(processor_dir, backend="pil", local_files_only=True),
+            chat_template=_chat_template(processor_dir, tokenizer),
+            settings=_settings(processor_dir),
+            source_dir=processor_dir,
+            context_length_tokens=context_length,
+            stop_token_ids=stop_token_ids,
+        )
+
+    def target_size(
+        self, height: int, width: int, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> tuple[int, int]:
+        """The size that the model's own processor would resize an image to.
+
+        Args:
+            height: Height in pixels.
+            width: Width in pixels.
+            min_pixels: Area limit in place of the processor's; None keeps that.
+            max_pixels: Area limit in place of the processor's; None keeps that.
+
+        Returns:
+            Height and width in pixels.
+
+        Raises:
+            DataError: The processor refuses such an image (too elongated).
+        """
+        return self.family.target_size(self._parts, height, width, min_pixels, max_pixels)
+
+    def resize_image(self, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+        """Resizes as the model's own processor does, with its resampling filter.
+
+        Args:
+            image: Any mode; converted to RGB.
+            size: Height and width in pixels, from `target_size`.
+
+        Returns:
+            uint8 array of shape [height, width, 3].
+        """
+        import numpy as np
+
+        height, width = size
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        if rgb.size != (width, height):
+            rgb = rgb.resize((width, height), resample=self.image_processor.resample)
+        return np.asarray(rgb)
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        image_sizes: Sequence[tuple[int, int]],
+        add_generation_prompt: bool = False,
+    ) -> Encoded:
+        """Tokenises a conversation exactly as the model's own processor does.
+
+        The strings of control tokens inside people's text stay text: they never become control tokens.
+
+        Args:
+            messages: OpenAI-style messages; image parts are ``{"type": "image"}``.
+            image_sizes: Height and width of each image at its target size, in the order of the image parts.
+            add_generation_prompt: End with the start of an assistant turn, for generation.
+
+        Raises:
+            DataError: The chat template refuses the conversation or does not render it from front to back, or the number
+                of images differs from the number of image parts.
+        """
+        layouts = [self.family.image_layout(self._parts, height, width) for height, width in image_sizes]
+        return self._encoder.encode(messages, layouts, add_generation_prompt)
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """Number of media tokens that an image of this target size takes in the sequence."""
+        layout = self.family.image_layout(self._parts, height, width)
+        return sum(piece.count for piece in layout if isinstance(piece, Run))
+
+    def pixel_inputs(self, images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]]) -> dict[str, torch.Tensor]:
+        """The model's image tensors.
+
+        Args:
+            images: uint8 arrays of shape [height, width, 3] at their target size, as one list or as one list per row of
+                the batch. Families that pad images per row need the latter.
+
+        Returns:
+            Tensors by the model's argument names, float32; empty for no images.
+        """
+        rows = images if images and isinstance(images[0], Sequence) else [images]
+        return self.family.pixel_inputs(self._parts, cast("Sequence[Sequence[np.ndarray]]", rows))
+
+    def model_inputs(
+        self, input_ids: torch.Tensor, pixel_inputs: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """All that the model takes beside ids, attention mask and labels.
+
+        Args:
+            input_ids: Tensor of shape [batch, sequence], padded.
+            pixel_inputs: What `pixel_inputs` gave for the batch.
+
+        Returns:
+            The pixel inputs, and what the family derives from the ids, such as ``mm_token_type_ids``.
+        """
+        media = dict(pixel_inputs or {})
+        return {**media, **self.family.token_inputs(self._parts, input_ids, media)}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of generated ids, without control tokens and without changes to white space."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def save(self, directory: Path) -> None:
+        """Writes a folder that `from_dir` and transformers' AutoProcessor open (the latter needs torchvision).
+
+        The model's own files are copied, not written anew, so that nothing of them gets lost.
+        """
+        files.copy_processor_files(self._source_dir, directory)
+        if not any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+            (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        files.write_own_file(directory, self.family, self.context_length_tokens, self.stop_token_ids)
+
+
+def _chat_template(folder: Path, tokenizer: Any) -> str:
+    """The processor's template, which wins over the tokenizer's, as in transformers."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / "chat_template.json").is_file():
+        template = files.read_json(folder / "chat_template.json").get("chat_template")
+    else:
+        template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise ModelError(
+            f"{folder} has no chat template, so conversations cannot be rendered; put the model's chat_template.jinja there"
+            " or use its instruction-tuned version"
+        )
+    return template
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "processor_config.json"
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in content.items() if not isinstance(value, dict)}
