@@ -1,0 +1,1 @@
+"""Step 3: from rows anywhere to a validated, decoded-once, exactly measured dataset on disk."""

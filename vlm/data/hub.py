@@ -1,0 +1,63 @@
+"""Streams a dataset of the Hugging Face Hub; nothing is downloaded ahead of the rows that are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from vlm.config.data import SourceConfig
+from vlm.data.locations import split_from_name
+from vlm.data.rows import Row
+from vlm.errors import DataError
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """One split as the Hub names it, and the split of ours that the name gives."""
+
+    name: str
+    split: str | None
+    num_rows: int | None
+
+
+def open_hub_dataset(source: SourceConfig) -> list[tuple[HubSplit, tuple[str, ...], Callable[[], Iterator[Row]]]]:
+    """Opens every split of a Hub dataset for streaming, images left encoded.
+
+    Raises:
+        DataError: If the dataset cannot be found, reached or opened.
+    """
+    # Slow to import, and needed for this kind of source only.
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(source.path, name=source.subset, revision=source.revision, streaming=True)
+    except (FileNotFoundError, ValueError, OSError, RuntimeError) as error:
+        raise DataError(
+            f"the Hub dataset {source.path!r} (subset {source.subset!r}, revision {source.revision!r}) cannot be opened: {error}. "
+            "Check its name, subset and revision, your network and, for a private one, HF_TOKEN; or give a local path."
+        ) from error
+    opened: list[tuple[HubSplit, tuple[str, ...], Callable[[], Iterator[Row]]]] = []
+    for name, dataset in splits.items():
+        features = dataset.features if dataset.features is not None else dataset._resolve_features().features
+        for column, feature in features.items():
+            if isinstance(feature, datasets.Image):
+                dataset = dataset.cast_column(column, datasets.Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):
+                dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        labels = {
+            column: feature.names for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+        }
+        known = (dataset.info.splits or {}).get(name)
+        split = HubSplit(str(name), split_from_name(str(name)), known.num_examples if known is not None else None)
+        opened.append((split, tuple(features), partial(_rows, dataset, labels)))
+    return opened
+
+
+def _rows(dataset: Any, labels: dict[str, list[str]]) -> Iterator[Row]:
+    for row in dataset:
+        for column, names in labels.items():
+            if isinstance(row[column], int) and 0 <= row[column] < len(names):
+                row[column] = names[row[column]]
+        yield row

@@ -1,0 +1,205 @@
+"""Streams rows out of one file: parquet, Arrow, JSON lines or CSV; a few rows in memory at a time.
+
+Rows hold images, so batches are sized by bytes, not by count. pyarrow is imported here: only a step that runs comes by.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlm.data.locations import is_local
+from vlm.data.rows import Row, UnreadableRow
+from vlm.errors import DataError
+
+BATCH_SIZE_BYTES = 4 << 20
+_MAX_ROWS_PER_BATCH = 1024
+_READ_BUFFER_BYTES = 1 << 20
+_CSV_FIELD_LIMIT = 1 << 26
+_PEEKED_ROWS = 50
+
+
+def read_rows(fs: Any, path: str, file_format: str) -> Iterator[Row | UnreadableRow]:
+    """Yields the rows of one file in order.
+
+    Args:
+        fs: fsspec file system.
+        path: Path on it.
+        file_format: ``"parquet"``, ``"arrow"``, ``"jsonl"`` or ``"csv"``.
+
+    Raises:
+        DataError: If the file as a whole cannot be read.
+    """
+    reader = {"parquet": _parquet_rows, "arrow": _arrow_rows, "jsonl": _jsonl_rows, "csv": _csv_rows}[file_format]
+    try:
+        yield from reader(fs, path)
+    except (pa.ArrowException, zlib.error, EOFError, csv.Error, UnicodeError) as error:
+        remedy = (
+            "Save it as UTF-8."
+            if isinstance(error, UnicodeError)
+            else "It may be cut short or damaged: fetch or write it again."
+        )
+        raise DataError(f"{path!r} cannot be read as {file_format}: {error}. {remedy}") from error
+
+
+def columns_of(fs: Any, path: str, file_format: str) -> list[str]:
+    """Names of a file's columns: from its schema or header, for JSON lines from its first rows.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    try:
+        if file_format == "parquet":
+            with _arrow_input(fs, path) as handle:
+                return list(pq.ParquetFile(handle).schema_arrow.names)
+        if file_format == "arrow":
+            with _arrow_input(fs, path) as handle:
+                return list(_ipc_reader(handle).schema.names)
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{path!r} cannot be read as {file_format}: {error}. It may be cut short: fetch or write it again."
+        ) from error
+    if file_format == "csv":
+        with _text_input(fs, path) as text:
+            return next(csv.reader(text, delimiter=_delimiter(path)), [])
+    names: dict[str, None] = {}
+    for count, row in enumerate(read_rows(fs, path, file_format)):
+        if isinstance(row, dict):
+            names.update(dict.fromkeys(row))
+        if count + 1 >= _PEEKED_ROWS:
+            break
+    return list(names)
+
+
+@contextmanager
+def _arrow_input(fs: Any, path: str) -> Iterator[Any]:
+    """Opens for pyarrow: memory-mapped where it can be, so that skipped bytes are never read."""
+    if is_local(fs):
+        with pa.memory_map(path) as mapped:
+            yield mapped
+    else:
+        with fs.open(path, "rb") as handle:
+            yield handle
+
+
+def _parquet_rows(fs: Any, path: str) -> Iterator[Row]:
+    # A mapped parquet file would count every page it touched as memory in use, hence plain buffered reads.
+    source = pa.OSFile(path) if is_local(fs) else fs.open(path, "rb")
+    with source as handle:
+        file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
+        labels = _label_names(file.schema_arrow)
+        for group in range(file.metadata.num_row_groups):
+            info = file.metadata.row_group(group)
+            if info.num_rows == 0:
+                continue
+            batch_rows = _rows_per_batch(info.total_byte_size, info.num_rows)
+            for batch in file.iter_batches(batch_size=batch_rows, row_groups=[group], use_threads=False):
+                yield from _with_labels(batch, labels)
+
+
+def _ipc_reader(handle: Any) -> Any:
+    magic = handle.read(6)
+    handle.seek(0)
+    return pa.ipc.open_file(handle) if magic == b"ARROW1" else pa.ipc.open_stream(handle)
+
+
+def _arrow_rows(fs: Any, path: str) -> Iterator[Row]:
+    with _arrow_input(fs, path) as handle:
+        reader = _ipc_reader(handle)
+        labels = _label_names(reader.schema)
+        is_file = hasattr(reader, "num_record_batches")
+        batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else reader
+        for batch in batches:
+            if batch.num_rows == 0:
+                continue
+            step = _rows_per_batch(batch.nbytes, batch.num_rows)
+            for start in range(0, batch.num_rows, step):
+                yield from _with_labels(batch.slice(start, step), labels)
+
+
+def _rows_per_batch(size_bytes: int, num_rows: int) -> int:
+    return max(1, min(_MAX_ROWS_PER_BATCH, BATCH_SIZE_BYTES * num_rows // max(1, size_bytes)))
+
+
+def _label_names(schema: Any) -> dict[str, list[str]]:
+    """Class names of integer label columns, which `datasets` keeps in the schema's metadata."""
+    packed = (schema.metadata or {}).get(b"huggingface")
+    if packed is None:
+        return {}
+    features = json.loads(packed).get("info", {}).get("features", {})
+    return {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+    }
+
+
+def _with_labels(batch: Any, labels: dict[str, list[str]]) -> Iterator[Row]:
+    for row in batch.to_pylist():
+        for name, names in labels.items():
+            value = row.get(name)
+            if isinstance(value, int) and 0 <= value < len(names):
+                row[name] = names[value]
+        yield row
+
+
+def _jsonl_rows(fs: Any, path: str) -> Iterator[Row | UnreadableRow]:
+    with fs.open(path, "rb", compression="infer") as lines:
+        first = True
+        for line in lines:
+            stripped = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if not stripped:
+                continue
+            if first and stripped.startswith(b"["):
+                raise DataError(
+                    f"{path!r} is one JSON array; rows are read one per line. Convert it: jq -c '.[]' {path} > rows.jsonl"
+                )
+            first = False
+            try:
+                row = json.loads(stripped)
+            except (ValueError, RecursionError) as error:
+                yield UnreadableRow("bad_json", f"this line is not JSON: {error}")
+                continue
+            yield (
+                row
+                if isinstance(row, dict)
+                else UnreadableRow("bad_json", f"this line is a JSON {type(row).__name__}, not an object with columns")
+            )
+
+
+@contextmanager
+def _text_input(fs: Any, path: str) -> Iterator[io.TextIOWrapper]:
+    with (
+        fs.open(path, "rb", compression="infer") as raw,
+        io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text,
+    ):
+        yield text
+
+
+def _delimiter(path: str) -> str:
+    return "\t" if ".tsv" in path.rsplit("/", 1)[-1].lower() else ","
+
+
+def _csv_rows(fs: Any, path: str) -> Iterator[Row | UnreadableRow]:
+    # The limit is process-wide, so it is only ever raised; ready conversations exceed the default of 128 KiB.
+    csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_LIMIT))
+    with _text_input(fs, path) as text:
+        reader = csv.reader(text, delimiter=_delimiter(path))
+        header = next(reader, [])
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                yield UnreadableRow(
+                    "bad_csv", f"line {reader.line_num} has {len(cells)} cells, the header has {len(header)}"
+                )
+                continue
+            yield dict(zip(header, cells, strict=True))

@@ -1,0 +1,109 @@
+"""Fetches images that rows name by address, without letting a row reach into the network that the pipeline runs in.
+
+http(s) goes through the standard library, because every connection, also one after a redirect, must be made to the very
+address that was checked: a check before handing the name on would leave room for a second, different look-up. Proxies are
+not used for the same reason. Object stores go through fsspec.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import urllib.error
+import urllib.request
+from typing import Any
+
+from vlm.data.rows import RowError
+
+TIMEOUT_SECONDS = 30
+_OBJECT_STORES = frozenset(["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"])
+
+
+def fetch_remote(url: str, max_bytes: int) -> bytes:
+    """Reads one image from an http(s) address or an object store.
+
+    Args:
+        url: The address.
+        max_bytes: Largest size to accept.
+
+    Raises:
+        RowError: If the address is not allowed, not public, cannot be reached, or its content is too large.
+    """
+    scheme = url.split("://", 1)[0].lower()
+    if "::" in url or (scheme not in _OBJECT_STORES and scheme not in ("http", "https")):
+        raise RowError(
+            "image_url", f"image address {url[:200]!r}: only http, https and object stores are fetched", url=url[:200]
+        )
+    try:
+        if scheme in ("http", "https"):
+            with _opener().open(
+                urllib.request.Request(url, headers={"User-Agent": "vision-finetune"}), timeout=TIMEOUT_SECONDS
+            ) as response:
+                data = response.read(max_bytes + 1)
+        else:
+            import fsspec
+
+            with fsspec.open(url, "rb") as handle:
+                data = handle.read(max_bytes + 1)
+    except RowError:
+        raise
+    except (OSError, ValueError, ImportError, http.client.HTTPException) as error:
+        raise RowError(
+            "image_unreachable", f"image address {url[:200]!r} cannot be fetched: {error}", url=url[:200]
+        ) from error
+    if len(data) > max_bytes:
+        raise RowError(
+            "image_file_too_large", f"image address {url[:200]!r} gives over {max_bytes >> 20} MiB", url=url[:200]
+        )
+    return bytes(data)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet."""
+    ip = ipaddress.ip_address(address)
+    mapped = getattr(ip, "ipv4_mapped", None)
+    ip = mapped if mapped is not None else ip
+    return ip.is_global and not ip.is_multicast
+
+
+def _connect(host: str, port: int, timeout: float) -> socket.socket:
+    """Connects to the first address of a host, refusing if any of its addresses is not public."""
+    found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    private = [address for address in found if not is_public(str(address).split("%")[0])]
+    if private:
+        raise RowError("image_url_private", f"image host {host!r} is {private[0]}, not a public address", host=host)
+    return socket.create_connection((str(found[0]), port), timeout)
+
+
+class _Connection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        self.sock = _connect(self.host, self.port, TIMEOUT_SECONDS)
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        self.sock = ssl.create_default_context().wrap_socket(
+            _connect(self.host, self.port, TIMEOUT_SECONDS), server_hostname=self.host
+        )
+
+
+class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_Connection, req)
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_SecureConnection, req)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        _Handler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPDefaultErrorHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener

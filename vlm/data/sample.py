@@ -1,0 +1,182 @@
+"""One row from references to a finished sample: decode, measure, shrink if it must be, resize once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from vlm.config.data import DataConfig
+from vlm.data.images import ImageFolder, load_image_bytes, open_image, upright_image
+from vlm.data.mapping import Columns, map_row, row_name
+from vlm.data.rows import Outcome, Row, RowError, Sample, UnreadableRow
+
+# Below this an image shows nothing that can be read, so shrinking further would only hide that the row does not fit.
+SMALLEST_SHRUNK_PIXELS = 56 * 56
+
+
+class EncodedConversation(Protocol):
+    """Exact tokens of a conversation."""
+
+    @property
+    def input_ids(self) -> Sequence[int]:
+        """Token ids, image placeholders included."""
+
+    @property
+    def assistant_spans(self) -> Sequence[tuple[int, int]]:
+        """Half-open token ranges that carry loss."""
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Number of image tokens."""
+
+
+class ConversationEncoder(Protocol):
+    """What preparation needs of a model's processing; every method must be safe to call from several threads at once."""
+
+    @property
+    def context_length_tokens(self) -> int | None:
+        """Longest sequence the model takes, or None."""
+
+    def target_size(
+        self, height: int, width: int, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> tuple[int, int]:
+        """Size in pixels, (height, width), that the model sees an image at."""
+
+    def resize_image(self, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+        """Pixels of shape [height, width, 3], uint8, resized with the model's own filter."""
+
+    def encode(
+        self, messages: list[dict[str, Any]], image_sizes: list[tuple[int, int]], add_generation_prompt: bool = False
+    ) -> EncodedConversation:
+        """Tokens of a conversation whose images have these sizes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to prepare."""
+
+    stream: int
+    row_number: int
+    row: Row | UnreadableRow
+    columns: Columns
+    folder: ImageFolder | None
+
+
+class SampleMaker:
+    """Prepares rows; safe to call from several threads at once."""
+
+    def __init__(self, data: DataConfig, processing: ConversationEncoder) -> None:
+        self._data = data
+        self._processing = processing
+        limits = [limit for limit in (data.max_length_tokens, processing.context_length_tokens) if limit is not None]
+        self.limit_tokens: int | None = min(limits) if limits else None
+
+    def __call__(self, job: Job) -> Outcome:
+        """Prepares one row; what is wrong with it comes back as its outcome."""
+        if isinstance(job.row, UnreadableRow):
+            return Outcome(error=RowError(job.row.reason, job.row.message))
+        row_id = None
+        try:
+            row_id = row_name(job.row, job.columns)
+            return self._prepare(job.row, job)
+        except RowError as error:
+            return Outcome(id=row_id, error=error)
+
+    def _prepare(self, row: Row, job: Job) -> Outcome:
+        mapped = map_row(row, job.columns, self._data)
+        images = []
+        for reference in mapped.images:
+            data = load_image_bytes(reference, job.folder, allow_urls=self._data.allow_urls)
+            images.append(upright_image(open_image(data, self._data.max_source_pixels)))
+        sizes = self._target_sizes(images, self._data.max_pixels)
+        encoded = self._encode(mapped.messages, sizes)
+        notes = []
+        num_tokens = len(encoded.input_ids)
+        if self.limit_tokens is not None and num_tokens > self.limit_tokens:
+            details: dict[str, Any] = {
+                "limit_tokens": self.limit_tokens,
+                "num_tokens_before": num_tokens,
+                "image_sizes_before": sizes,
+            }
+            fitted = (
+                self._shrink(mapped.messages, images, sizes)
+                if images and self._data.on_too_long == "shrink_images"
+                else None
+            )
+            if fitted is None:
+                raise RowError(
+                    "too_long",
+                    f"the conversation has {num_tokens} tokens, over the limit of {self.limit_tokens}",
+                    **details,
+                )
+            sizes, encoded = fitted
+            details |= {"num_tokens_after": len(encoded.input_ids), "image_sizes_after": sizes}
+            notes.append(
+                ("too_long", f"images shrunk so that {num_tokens} tokens became {len(encoded.input_ids)}", details)
+            )
+        sample = Sample(
+            mapped.id,
+            mapped.group,
+            mapped.messages,
+            [self._resize(image, size) for image, size in zip(images, sizes, strict=True)],
+            list(encoded.input_ids),
+            [(int(start), int(end)) for start, end in encoded.assistant_spans],
+            encoded.num_visual_tokens,
+            mapped.metadata,
+        )
+        if not any(end > start for start, end in sample.assistant_spans):
+            raise RowError(
+                "no_supervised_tokens", "no token of the conversation carries loss: the answer gives no tokens"
+            )
+        return Outcome(id=mapped.id, sample=sample, notes=notes)
+
+    def _resize(self, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+        pixels = self._processing.resize_image(image, size)
+        # Filters work on each channel alone, so one of three equal ones is enough to keep.
+        return np.ascontiguousarray(pixels[:, :, :1]) if image.mode == "L" else pixels
+
+    def _target_sizes(self, images: list[Image.Image], max_pixels: int | None) -> list[tuple[int, int]]:
+        min_pixels = self._data.min_pixels
+        try:
+            return [
+                self._processing.target_size(image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels)
+                for image in images
+            ]
+        except ValueError as error:
+            raise RowError(
+                "image_size",
+                f"the model cannot take an image of this size: {error}",
+                sizes=[image.size for image in images],
+            ) from error
+
+    def _encode(self, messages: list[dict[str, Any]], sizes: list[tuple[int, int]]) -> EncodedConversation:
+        try:
+            return self._processing.encode(messages, sizes)
+        except ValueError as error:
+            raise RowError("not_encodable", f"the conversation cannot be turned into tokens: {error}") from error
+
+    def _shrink(
+        self, messages: list[dict[str, Any]], images: list[Image.Image], sizes: list[tuple[int, int]]
+    ) -> tuple[list[tuple[int, int]], EncodedConversation] | None:
+        """Largest images, to within 1 %, with which the conversation fits; None if none do."""
+
+        def attempt(max_pixels: int) -> tuple[list[tuple[int, int]], EncodedConversation] | None:
+            smaller = self._target_sizes(images, max_pixels)
+            encoded = self._encode(messages, smaller)
+            return (smaller, encoded) if len(encoded.input_ids) <= (self.limit_tokens or 0) else None
+
+        low = max(SMALLEST_SHRUNK_PIXELS, self._data.min_pixels or 0)
+        high = max(height * width for height, width in sizes)
+        best = attempt(low) if low < high else None
+        while best is not None and high - low > max(low // 100, 1):
+            middle = (low + high) // 2
+            found = attempt(middle)
+            if found is None:
+                high = middle
+            else:
+                low, best = middle, found
+        return best

@@ -1,0 +1,119 @@
+"""Opens the sources of a dataset as streams of rows, whatever they are kept in."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from vlm.config.data import SourceConfig
+from vlm.data.images import ImageFolder
+from vlm.data.locations import DataFile, Location, resolve
+from vlm.data.rows import Row, UnreadableRow
+from vlm.errors import DataError
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """The rows of one file, or of one split of a Hub dataset.
+
+    Attributes:
+        source: Index into ``data.sources``.
+        label: Name of the stream in the ledger; the same wherever the source lies.
+        split: Split that its source or its name puts its rows in; None divides them by hash.
+        columns: Names of its columns, known before a row is read.
+        folder: Where relative image paths lead, or None if there is no such place.
+        rows: Starts reading from the first row.
+        max_rows: Most rows to take from this source and split.
+        num_rows: How many there are, if that is known, for the progress bar.
+    """
+
+    source: int
+    label: str
+    split: str | None
+    columns: tuple[str, ...]
+    folder: ImageFolder | None
+    rows: Callable[[], Iterator[Row | UnreadableRow]]
+    max_rows: int | None = None
+    num_rows: int | None = None
+
+
+def open_streams(sources: tuple[SourceConfig, ...]) -> list[RowStream]:
+    """Resolves every source, reads column names, and decides which names count as splits. Reads no row.
+
+    Names give splits only if, with the explicit ones, they tell at least two apart: a dataset of nothing but ``train.parquet``
+    is divided by hash.
+
+    Raises:
+        DataError: If a source is missing or unreadable.
+    """
+    streams = [stream for index, source in enumerate(sources) for stream in _open(source, index, len(sources))]
+    explicit = [source.split for source in sources]
+    named = {explicit[stream.source] or stream.split for stream in streams} - {None}
+    trusts_names = len(named) > 1
+    return [
+        replace(stream, split=explicit[stream.source] or (stream.split if trusts_names else None)) for stream in streams
+    ]
+
+
+def _open(source: SourceConfig, index: int, num_sources: int) -> Iterator[RowStream]:
+    prefix = "" if num_sources == 1 else f"sources[{index}]/"
+    location = resolve(source)
+    if location.format == "builtin":
+        from vlm.data.builtin import COLUMNS, NUM_ROWS, builtin_rows
+
+        yield RowStream(index, f"{prefix}builtin", None, COLUMNS, None, builtin_rows, source.max_rows, NUM_ROWS)
+    elif location.format == "hub":
+        from vlm.data.hub import open_hub_dataset
+
+        for split, columns, rows in open_hub_dataset(source):
+            label = f"{prefix}{source.path}/{split.name}"
+            yield RowStream(
+                index,
+                label,
+                split.split,
+                columns,
+                ImageFolder.of_hub(source.path),
+                rows,
+                source.max_rows,
+                split.num_rows,
+            )
+    else:
+        for file in location.files:
+            yield _file_stream(source, index, location, file, prefix)
+
+
+def _file_stream(source: SourceConfig, index: int, location: Location, file: DataFile, prefix: str) -> RowStream:
+    from vlm.data import readers
+
+    columns = readers.columns_of(location.fs, file.path, file.format)
+    if not columns:
+        raise DataError(
+            f"{file.path!r} has no columns: it is empty or not {file.format}. Remove it from data.sources, or set the source's format."
+        )
+    rows: Callable[[], Iterator[Any]] = partial(readers.read_rows, location.fs, file.path, file.format)
+    if location.format == "imagefolder":
+        renamed = {name: _image_column(name) for name in columns}
+        if not any(name != new for name, new in renamed.items()):
+            raise DataError(
+                f"{file.path!r} has no column 'file_name' or 'file_names' that names its images. Its columns: {', '.join(columns)}."
+            )
+        rows = partial(_rename, rows, renamed)
+        columns = list(renamed.values())
+    root = location.root if location.is_folder else posixpath.dirname(file.path)
+    folder = ImageFolder(location.fs, posixpath.dirname(file.path), root)
+    return RowStream(index, prefix + file.name, file.split, tuple(columns), folder, rows, source.max_rows)
+
+
+def _image_column(name: str) -> str:
+    """`datasets` writes images as 'file_name(s)', and images of column x as 'x_file_name(s)'."""
+    if name in ("file_name", "file_names"):
+        return "image" if name == "file_name" else "images"
+    return name.removesuffix("_file_name").removesuffix("_file_names")
+
+
+def _rename(rows: Callable[[], Iterator[Row | UnreadableRow]], names: dict[str, str]) -> Iterator[Row | UnreadableRow]:
+    for row in rows():
+        yield {names.get(name, name): value for name, value in row.items()} if isinstance(row, dict) else row
