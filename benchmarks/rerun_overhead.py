@@ -62,11 +62,15 @@ def main() -> None:
             times["rerun"].append(seconds(pipeline, environment))
             times["--plan"].append(seconds([*pipeline, "--plan"], environment))
     ratios = [rerun / baseline for rerun, baseline in zip(times["rerun"], times["empty flow"], strict=True)]
-    print(f"prefect {version('prefect')}, Python {sys.version.split()[0]}, {os.cpu_count()} cores; first run {first:.1f} s\n")
+    print(
+        f"prefect {version('prefect')}, Python {sys.version.split()[0]}, {os.cpu_count()} cores; first run {first:.1f} s\n"
+    )
     print("| command | median s | min s | max s |\n|---|---|---|---|")
     for name, values in times.items():
         print(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
-    print(f"\nrerun / empty flow, pair by pair: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    print(
+        f"\nrerun / empty flow, pair by pair: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from tasks.graph import STEPS
+from tasks.graph import STEPS, StepName
 from vlm.config import RunConfig
 from vlm.errors import ConfigError
 
@@ -21,7 +21,8 @@ PREFECT_SETTINGS = {
     # Embedded server: slow to start on a loaded machine, otherwise silent and on its own.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_LOGGING_LEVEL": "WARNING",
+    # Errors come back as exceptions and are printed once, here; the log would print them twice more.
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
 }
@@ -86,7 +87,9 @@ def parse(arguments: list[str]) -> tuple[RunConfig, argparse.Namespace]:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings; options below override it")
     parser.add_argument("--plan", action="store_true", help="say what would run and why, then stop")
-    parser.add_argument("--rerun-from", metavar="STEP", choices=STEPS, help=f"run this step and all after it: {', '.join(STEPS)}")
+    parser.add_argument(
+        "--rerun-from", metavar="STEP", choices=STEPS, help=f"run this step and all after it: {', '.join(STEPS)}"
+    )
     source: Any = CliSettingsSource(Arguments, root_parser=parser, cli_parse_args=arguments)
     options = parser.parse_args(arguments)
     from_file = read_yaml(Path(options.config)) if options.config else {}
@@ -161,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     return run(config, options.rerun_from)
 
 
-def show_plan(config: RunConfig, rerun_from: str | None) -> int:
+def show_plan(config: RunConfig, rerun_from: StepName | None) -> int:
     """Prints what a run would do."""
     from tasks.plan import format_plan, plan_run
     from tasks.session import Session
@@ -171,7 +174,7 @@ def show_plan(config: RunConfig, rerun_from: str | None) -> int:
     return 0
 
 
-def run(config: RunConfig, rerun_from: str | None) -> int:
+def run(config: RunConfig, rerun_from: StepName | None) -> int:
     """Runs the flow in this process, with an embedded Prefect server if no other is set up."""
     for name, value in PREFECT_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -182,6 +185,9 @@ def run(config: RunConfig, rerun_from: str | None) -> int:
         summary = vision_finetune(config, rerun_from)
     except ValueError as error:
         return complain(error, status=1)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from the last finished step or training checkpoint\n")
+        return 130
     sys.stdout.write(format_summary(summary) + "\n")
     return 0
 

@@ -1,10 +1,9 @@
 """The pipeline: seven steps from a model and a dataset to an evaluated, exported adapter.
 
-    python -m flows.vision_finetune                          the built-in model on the built-in receipts
-    python -m flows.vision_finetune --config my.yaml         your own
-    python -m flows.vision_finetune --config my.yaml --plan  what would run, and why
+python -m flows.vision_finetune                          the built-in model on the built-in receipts
+python -m flows.vision_finetune --config my.yaml         your own
+python -m flows.vision_finetune --config my.yaml --plan  what would run, and why
 """
-# ruff: noqa: E402
 
 if __name__ == "__main__":
     # Prefect takes seconds to import; a plan, the help or a wrong setting should not wait for it.
@@ -12,17 +11,15 @@ if __name__ == "__main__":
 
     raise SystemExit(main())
 
-import sys
 from typing import Any
 
 from prefect import State, flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
 
-from artifacts.refs import ArtifactRef
 from tasks.configure_lora import configure_lora
 from tasks.evaluate_and_save import Saved, evaluate_and_save
-from tasks.graph import Json
+from tasks.graph import Json, StepName
 from tasks.inference_mode import inference_mode
 from tasks.load_model import load_model
 from tasks.prepare_dataset import prepare_dataset
@@ -33,9 +30,11 @@ from tasks.train import train
 from tasks.training_mode import training_mode
 from vlm.config import RunConfig
 
+DEFAULTS = RunConfig()
+
 
 @flow(name="vision-finetune", persist_result=False, validate_parameters=True)
-def vision_finetune(config: RunConfig | None = None, rerun_from: str | None = None) -> Json:
+def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = None) -> Json:
     """Fine-tunes a vision-language model on image-text conversations.
 
     Args:
@@ -45,7 +44,7 @@ def vision_finetune(config: RunConfig | None = None, rerun_from: str | None = No
     Returns:
         What ran and what was cached, the metrics, and where everything is.
     """
-    session = Session.open(config or RunConfig(), rerun_from=rerun_from)
+    session = Session.open(config, rerun_from=rerun_from)
     if session.config.tracking.enabled:
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None)
     try:

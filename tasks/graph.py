@@ -9,20 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from vlm.config import RunConfig
 from vlm.config.evaluation import ExportType
 
-STEPS = (
-    "load_model",
-    "configure_lora",
-    "prepare_dataset",
-    "training_mode",
-    "train",
-    "inference_mode",
-    "evaluate_and_save",
-)
+StepName = Literal[
+    "load_model", "configure_lora", "prepare_dataset", "training_mode", "train", "inference_mode", "evaluate_and_save"
+]
+STEPS: tuple[StepName, ...] = get_args(StepName)
 
 Json = dict[str, Any]
 

@@ -21,9 +21,7 @@ class Predicted(NamedTuple):
 
 
 @step
-def inference_mode(
-    session: Session, checkpoint: ArtifactRef, dataset: ArtifactRef, adapter: ArtifactRef
-) -> Predicted:
+def inference_mode(session: Session, checkpoint: ArtifactRef, dataset: ArtifactRef, adapter: ArtifactRef) -> Predicted:
     """Answers the held-out rows in evaluation mode with the cache on."""
 
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:

@@ -20,6 +20,4 @@ def held_model(session: Session, checkpoint: ArtifactRef) -> LoadedModel:
     from vlm.loading.holder import hold
 
     device = session.resolved.device
-    return hold(
-        f"{checkpoint.digest}:{device}", lambda: load_checkpoint(session.local(checkpoint), device=device)
-    )
+    return hold(f"{checkpoint.digest}:{device}", lambda: load_checkpoint(session.local(checkpoint), device=device))

@@ -17,6 +17,7 @@ def prepare_dataset(session: Session, checkpoint: ArtifactRef) -> ArtifactRef:
 
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         from vlm.data.prepare import prepare_dataset as prepare
+
         from vlm.processing import Processing
 
         processing = Processing.from_dir(inputs["processor"] / "processor")

@@ -12,14 +12,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from artifacts.store import Store
+from vlm.loading.device import detect_device, resolve_precision
+
 from artifacts.code_digest import code_digest
 from artifacts.keys import step_key
 from artifacts.refs import ArtifactRef
-from artifacts.store import Store
-from tasks.graph import STEPS, Json, Resolved, Unit, units_for
+from tasks.graph import STEPS, Json, Resolved, StepName, Unit, units_for
 from vlm.config import RunConfig
-from vlm.errors import ConfigError, near_names
-from vlm.loading.device import detect_device, resolve_precision
 from vlm.progress import bar
 
 Outputs = dict[str, ArtifactRef]
@@ -86,7 +86,7 @@ class Session:
         self._exit = ExitStack()
 
     @classmethod
-    def open(cls, config: RunConfig, *, rerun_from: str | None = None) -> Session:
+    def open(cls, config: RunConfig, *, rerun_from: StepName | None = None) -> Session:
         """Settles the configuration on this machine and opens the store.
 
         Args:
@@ -94,16 +94,11 @@ class Session:
             rerun_from: Name of the first step that must run even if its result is there.
 
         Raises:
-            ConfigError: If there is no such step.
             ResourceError: If the asked-for device is not there.
             StoreError: If the store cannot be opened.
         """
         forced: frozenset[str] = frozenset()
         if rerun_from is not None:
-            if rerun_from not in STEPS:
-                raise ConfigError(
-                    f"--rerun-from {rerun_from!r}: there is no such step. {near_names(rerun_from, STEPS, limit=7)}"
-                )
             forced = frozenset(STEPS[STEPS.index(rerun_from) :])
         device = detect_device(config.runtime.device)
         resolved = Resolved(config, device, resolve_precision(config.model.precision, device))

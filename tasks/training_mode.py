@@ -12,9 +12,7 @@ from tasks.step import finish, step
 
 
 @step
-def training_mode(
-    session: Session, checkpoint: ArtifactRef, adapter: ArtifactRef, dataset: ArtifactRef
-) -> ArtifactRef:
+def training_mode(session: Session, checkpoint: ArtifactRef, adapter: ArtifactRef, dataset: ArtifactRef) -> ArtifactRef:
     """Plans batches, steps and precision, and estimates memory."""
 
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:

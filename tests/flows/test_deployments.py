@@ -100,9 +100,7 @@ def test_both_deploy_and_one_runs_to_completed(server: dict[str, str], tmp_path:
     body = {"parameters": {"config": config}, "state": {"type": "SCHEDULED"}}
     flow_run = post(f"{url}/deployments/{deployments['on-demand']['id']}/create_flow_run", body)
     # Away from the project's folder: the module entrypoint must not depend on where the worker starts.
-    run(
-        [*PREFECT, "worker", "start", "--pool", "vision-finetune", "--type", "process", "--run-once"], server, tmp_path
-    )
+    run([*PREFECT, "worker", "start", "--pool", "vision-finetune", "--type", "process", "--run-once"], server, tmp_path)
     with urllib.request.urlopen(f"{url}/flow_runs/{flow_run['id']}", timeout=30) as answer:
         state = json.load(answer)["state"]
     assert state["type"] == "COMPLETED", state

@@ -82,7 +82,9 @@ def test_cached_steps_show_as_cached(first_run: dict[str, Any], small_settings: 
     assert {run.state_name for run in runs} == {"Cached"}
 
 
-def test_another_learning_rate_shares_what_lies_above(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+def test_another_learning_rate_shares_what_lies_above(
+    first_run: dict[str, Any], small_settings: dict[str, Any]
+) -> None:
     config = merged(small_settings, training={"learning_rate": 1e-3})
     plan = planned(config)
     assert {name for name, entry in plan.items() if entry.status == HIT} == {
@@ -114,7 +116,11 @@ def test_rerun_from_forces_a_step_and_all_after_it(first_run: dict[str, Any], sm
     summary = vision_finetune(config, rerun_from="inference_mode")
     assert {unit.split(".")[0] for unit in ran(summary)} == {"inference_mode", "evaluate_and_save"}
     # The same inputs give the same bytes.
-    for name in ("inference_mode.tuned.predictions", "inference_mode.base.predictions", "evaluate_and_save.metrics.metrics"):
+    for name in (
+        "inference_mode.tuned.predictions",
+        "inference_mode.base.predictions",
+        "evaluate_and_save.metrics.metrics",
+    ):
         assert summary["artifacts"][name] == first_run["artifacts"][name]
 
 
@@ -154,7 +160,9 @@ def test_one_nested_mlflow_run_per_training(first_run: dict[str, Any], small_set
     assert len(client.get_metric_history(nested[-1].info.run_id, "loss")) == 3
 
 
-def test_the_export_is_delivered_once(first_run: dict[str, Any], small_settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_export_is_delivered_once(
+    first_run: dict[str, Any], small_settings: dict[str, Any], tmp_path: Path
+) -> None:
     config = merged(small_settings, export={"destination": str(tmp_path / "out")})
     vision_finetune(config)
     marker = tmp_path / "out" / "lora" / "artifact.json"
@@ -188,7 +196,9 @@ def test_bad_input_is_one_error_without_a_traceback(settings: list[str], message
 @pytest.fixture
 def real_lines(shared_data: Path, tmp_path: Path) -> Callable[[str], RunConfig]:
     def config(name: str) -> RunConfig:
-        sources = [{"path": str(shared_data / name / f"{s}.parquet"), "split": s, "max_rows": 8} for s in ("train", "test")]
+        sources = [
+            {"path": str(shared_data / name / f"{s}.parquet"), "split": s, "max_rows": 8} for s in ("train", "test")
+        ]
         return RunConfig.model_validate(
             {
                 "data": {"sources": sources},

@@ -24,7 +24,8 @@ class SourceConfig(Section):
     )
     format: SourceFormat = Field("auto", description="'auto' goes by the path: its ending, or what the folder holds.")
     split: Split | None = Field(
-        None, description="Puts every row of this source in that split; None lets `data.split` decide, or the names train/validation/test of its files."
+        None,
+        description="Puts every row of this source in that split; None lets `data.split` decide, or the names train/validation/test of its files.",
     )
     subset: str | None = Field(None, description="Configuration name of a Hub dataset.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub dataset.")
@@ -40,15 +41,26 @@ class SourceConfig(Section):
 class ColumnMapping(Section):
     """Which column holds what. Columns not named here are carried along as metadata if they are plain values."""
 
-    messages: str | None = Field(None, description="Column with ready conversations; then prompt, answer and system are not read.")
-    images: tuple[str, ...] | None = Field(
-        None, description="Columns with images (one or a list each); None takes 'image' and 'images' where they exist, () means text only."
+    messages: str | None = Field(
+        None, description="Column with ready conversations; then prompt, answer and system are not read."
     )
-    prompt: str | None = Field(None, description="Column with the user's words; None takes 'prompt', 'question' or 'query' where one exists, else `data.prompt`.")
-    answer: str | None = Field(None, description="Column with the answer to learn; None takes 'text', 'answer', 'label' or 'answers' where one exists.")
+    images: tuple[str, ...] | None = Field(
+        None,
+        description="Columns with images (one or a list each); None takes 'image' and 'images' where they exist, () means text only.",
+    )
+    prompt: str | None = Field(
+        None,
+        description="Column with the user's words; None takes 'prompt', 'question' or 'query' where one exists, else `data.prompt`.",
+    )
+    answer: str | None = Field(
+        None,
+        description="Column with the answer to learn; None takes 'text', 'answer', 'label' or 'answers' where one exists.",
+    )
     system: str | None = Field(None, description="Column with a system prompt.")
     id: str | None = Field(None, description="Column that names a row; None takes 'id', else numbers the rows.")
-    group: str | None = Field(None, description="Column whose equal values must stay in one split; None takes 'group' where it exists.")
+    group: str | None = Field(
+        None, description="Column whose equal values must stay in one split; None takes 'group' where it exists."
+    )
 
 
 class SplitConfig(Section):
@@ -70,27 +82,46 @@ class SplitConfig(Section):
 class DataConfig(Section):
     """The dataset: sources, columns, splits, and limits on images and lengths."""
 
-    sources: tuple[SourceConfig, ...] = Field((SourceConfig(),), min_length=1, description="Where rows come from; all sources together make one dataset.")
+    sources: tuple[SourceConfig, ...] = Field(
+        (SourceConfig(),), min_length=1, description="Where rows come from; all sources together make one dataset."
+    )
     columns: ColumnMapping = Field(ColumnMapping(), description="Which column holds what.")
-    prompt: str = Field("Transcribe the text in the image.", description="The user's words where a row has none of its own.")
-    system: str | None = Field(None, description="System prompt of rows without their own; None leaves it to the model's chat template.")
+    prompt: str = Field(
+        "Transcribe the text in the image.", description="The user's words where a row has none of its own."
+    )
+    system: str | None = Field(
+        None, description="System prompt of rows without their own; None leaves it to the model's chat template."
+    )
     split: SplitConfig = Field(SplitConfig(), description="How rows without a split of their own are divided.")
-    min_pixels: int | None = Field(None, ge=1, description="Smaller images are enlarged to this many pixels; None takes the model's own limit.")
-    max_pixels: int | None = Field(None, ge=1, description="Larger images are shrunk to this many pixels; None takes the model's own limit.")
+    min_pixels: int | None = Field(
+        None, ge=1, description="Smaller images are enlarged to this many pixels; None takes the model's own limit."
+    )
+    max_pixels: int | None = Field(
+        None, ge=1, description="Larger images are shrunk to this many pixels; None takes the model's own limit."
+    )
     max_length_tokens: int | None = Field(
         None, ge=16, description="Longest conversation, image tokens included; None takes the model's context length."
     )
     on_too_long: Literal["drop", "shrink_images"] = Field(
-        "drop", description="What happens to a conversation over the limit: dropped, or its images shrunk until it fits. Both are in the ledger."
+        "drop",
+        description="What happens to a conversation over the limit: dropped, or its images shrunk until it fits. Both are in the ledger.",
     )
     max_source_pixels: int = Field(
-        100_000_000, ge=1, description="Images with more pixels than this in their header are dropped before they are decoded."
+        100_000_000,
+        ge=1,
+        description="Images with more pixels than this in their header are dropped before they are decoded.",
     )
-    max_dropped_fraction: float = Field(0.1, ge=0, le=1, description="Preparation fails when more than this share of the rows had to be dropped.")
-    allow_urls: bool = Field(False, description="Fetch images that rows name by a remote address (http, s3, …); off, such rows are dropped.")
+    max_dropped_fraction: float = Field(
+        0.1, ge=0, le=1, description="Preparation fails when more than this share of the rows had to be dropped."
+    )
+    allow_urls: bool = Field(
+        False, description="Fetch images that rows name by a remote address (http, s3, …); off, such rows are dropped."
+    )
 
     @model_validator(mode="after")
     def _ordered_limits(self) -> DataConfig:
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}; swap them or drop one")
+            raise ValueError(
+                f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}; swap them or drop one"
+            )
         return self

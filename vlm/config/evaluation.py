@@ -19,13 +19,17 @@ class GenerationConfig(Section):
     max_rows: int | None = Field(None, ge=1, description="Answers only the first rows of the split; None answers all.")
     batch_size: int = Field(8, ge=1, le=1024, description="Conversations answered at once, sorted by length.")
     max_new_tokens: int = Field(256, ge=1, description="Longest answer.")
-    evaluate_base_model: bool = Field(True, description="Answer with the untuned model as well, for comparison; cached apart.")
+    evaluate_base_model: bool = Field(
+        True, description="Answer with the untuned model as well, for comparison; cached apart."
+    )
 
 
 class EvaluationConfig(Section):
     """Which metrics are computed, and what counts as the same text."""
 
-    metrics: tuple[MetricName, ...] = Field(("cer", "wer", "exact_match"), min_length=1, description="Metrics to compute; the first one leads.")
+    metrics: tuple[MetricName, ...] = Field(
+        ("cer", "wer", "exact_match"), min_length=1, description="Metrics to compute; the first one leads."
+    )
     ignore_case: bool = Field(False, description="Compare in lower case.")
     ignore_punctuation: bool = Field(False, description="Remove punctuation before comparing.")
     collapse_whitespace: bool = Field(True, description="Treat any run of white space as one space and strip the ends.")
@@ -35,6 +39,10 @@ class EvaluationConfig(Section):
 class ExportConfig(Section):
     """What is written for use elsewhere."""
 
-    types: tuple[ExportType, ...] = Field(("lora",), description="'lora' (the adapter) and 'merged_16bit' (a whole model); () exports nothing.")
-    destination: str | None = Field(None, description="fsspec address that also receives a copy of every export, one folder per type.")
+    types: tuple[ExportType, ...] = Field(
+        ("lora",), description="'lora' (the adapter) and 'merged_16bit' (a whole model); () exports nothing."
+    )
+    destination: str | None = Field(
+        None, description="fsspec address that also receives a copy of every export, one folder per type."
+    )
     max_shard_size_mb: int = Field(4000, ge=1, description="Largest file of a merged model, in 10^6 bytes.")

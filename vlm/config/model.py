@@ -23,16 +23,22 @@ class ModelConfig(Section):
         min_length=1,
         description="Hub name (Qwen/Qwen2.5-VL-7B-Instruct), path of a checkpoint folder, or 'builtin' for the small model made here.",
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model; None takes the newest commit of its main branch.")
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a Hub model; None takes the newest commit of its main branch."
+    )
     quantization: Quantization = Field(
         "nf4", description="How linear layers are stored: 4-bit NormalFloat, LLM.int8(), or none (the precision below)."
     )
-    double_quantization: bool = Field(True, description="Quantise NF4's block scales as well; saves about 0.4 bit per weight.")
+    double_quantization: bool = Field(
+        True, description="Quantise NF4's block scales as well; saves about 0.4 bit per weight."
+    )
     precision: Precision = Field(
-        "auto", description="Of computation and of unquantised weights. 'auto' is bfloat16 on a GPU and float32 on a CPU."
+        "auto",
+        description="Of computation and of unquantised weights. 'auto' is bfloat16 on a GPU and float32 on a CPU.",
     )
     keep_unquantized: tuple[Part, ...] = Field(
-        (), description="Parts kept in the precision above although quantisation is on, besides the language-model head, which always is."
+        (),
+        description="Parts kept in the precision above although quantisation is on, besides the language-model head, which always is.",
     )
 
 
@@ -50,14 +56,18 @@ class LoraConfig(Section):
     )
     exclude_modules: tuple[str, ...] = Field((), description="Targets to leave out again, in the same notations.")
     rank: int = Field(16, ge=1, le=4096, description="Rank r of the update matrices.")
-    alpha: float = Field(16, gt=0, description="Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rsLoRA).")
+    alpha: float = Field(
+        16, gt=0, description="Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rsLoRA)."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update matrices.")
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="Other ranks for modules whose name ends with, or matches, a key."
     )
     use_rslora: bool = Field(False, description="Rank-stabilised scaling (arXiv:2312.03732).")
     use_dora: bool = Field(False, description="Weight-decomposed adaptation (arXiv:2402.09353).")
-    modules_to_save: tuple[str, ...] = Field((), description="Modules trained whole and saved with the adapter, such as 'lm_head'.")
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="Modules trained whole and saved with the adapter, such as 'lm_head'."
+    )
     seed: int = Field(0, ge=0, description="Of the initial adapter weights.")
 
     @model_validator(mode="after")

@@ -24,9 +24,13 @@ class TrackingConfig(Section):
 class RuntimeConfig(Section):
     """Where things run and are kept. Nothing here changes a result, so nothing here is in a key, except the device's effect on 'auto' settings."""
 
-    store: str = Field("runs/store", min_length=1, description="fsspec address of the artifact store (file, memory, s3, gs, …).")
+    store: str = Field(
+        "runs/store", min_length=1, description="fsspec address of the artifact store (file, memory, s3, gs, …)."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto' takes the first GPU that is there.")
-    num_workers: int | None = Field(None, ge=0, description="Threads that decode images in step 3; None takes one per core.")
+    num_workers: int | None = Field(
+        None, ge=0, description="Threads that decode images in step 3; None takes one per core."
+    )
 
 
 class RunConfig(Section):
@@ -36,7 +40,9 @@ class RunConfig(Section):
     lora: LoraConfig = Field(LoraConfig(), description="Step 2: the adapter.")
     data: DataConfig = Field(DataConfig(), description="Step 3: the dataset.")
     training: TrainingConfig = Field(TrainingConfig(), description="Steps 4 and 5: the plan and the training.")
-    generation: GenerationConfig = Field(GenerationConfig(), description="Step 6: answers of the tuned and the base model.")
+    generation: GenerationConfig = Field(
+        GenerationConfig(), description="Step 6: answers of the tuned and the base model."
+    )
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="Step 7: metrics.")
     export: ExportConfig = Field(ExportConfig(), description="Step 7: what is written for use elsewhere.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Experiment tracking.")

@@ -13,24 +13,44 @@ class TrainingConfig(Section):
     """How the adapter is trained."""
 
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps; None goes by `epochs`.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the training rows; None goes by `max_steps`. Both None means one epoch.")
+    epochs: float | None = Field(
+        None, gt=0, description="Passes over the training rows; None goes by `max_steps`. Both None means one epoch."
+    )
     batch_size: int = Field(2, ge=1, le=1024, description="Conversations in one forward and backward pass.")
-    gradient_accumulation: int = Field(4, ge=1, description="Passes per optimiser step; the effective batch is their product.")
+    gradient_accumulation: int = Field(
+        4, ge=1, description="Passes per optimiser step; the effective batch is their product."
+    )
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="How the learning rate falls after the warm-up.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="How the learning rate falls after the warm-up."
+    )
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them as they are.")
-    optimizer: Literal["auto", "adamw", "adamw_8bit"] = Field("auto", description="'auto' is 8-bit AdamW on a GPU and plain AdamW on a CPU.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass: less memory, about a third more time.")
-    train_on_prompts: bool = Field(False, description="Put loss on the user's words too; off, only the assistant's words count.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradients are scaled down to this norm; 0 leaves them as they are."
+    )
+    optimizer: Literal["auto", "adamw", "adamw_8bit"] = Field(
+        "auto", description="'auto' is 8-bit AdamW on a GPU and plain AdamW on a CPU."
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    train_on_prompts: bool = Field(
+        False, description="Put loss on the user's words too; off, only the assistant's words count."
+    )
     seed: int = Field(0, ge=0, description="Of row order and dropout.")
     log_every_steps: int = Field(10, ge=1, description="Steps between two logged losses.")
-    checkpoint_every_steps: int = Field(100, ge=1, description="Steps between two checkpoints from which an interrupted run resumes.")
-    evaluate_every_steps: int | None = Field(None, ge=1, description="Steps between two validation losses; None evaluates at the end only.")
+    checkpoint_every_steps: int = Field(
+        100, ge=1, description="Steps between two checkpoints from which an interrupted run resumes."
+    )
+    evaluate_every_steps: int | None = Field(
+        None, ge=1, description="Steps between two validation losses; None evaluates at the end only."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
         if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps {self.max_steps} and epochs {self.epochs} both set the length of the training; give one of them")
+            raise ValueError(
+                f"max_steps {self.max_steps} and epochs {self.epochs} both set the length of the training; give one of them"
+            )
         return self
