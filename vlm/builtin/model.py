@@ -12,13 +12,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm.builtin.recipe import SEED
 from vlm.builtin.tokenizer import VOCAB_SIZE, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RECIPE_VERSION = 1
-SEED = 0
 CONTEXT_LENGTH_TOKENS = 4096
 
 IMAGE_PROCESSOR = {
@@ -153,8 +152,3 @@ def make_builtin_checkpoint(directory: Path) -> Path:
     fill_with_noise(model, SEED)
     write_checkpoint(model, directory, processor_class="Qwen2_5_VLProcessor")
     return directory
-
-
-def recipe_digest_text() -> str:
-    """What the built-in checkpoint's content depends on, as text to be hashed."""
-    return f"builtin model, recipe {RECIPE_VERSION}, seed {SEED}"

@@ -1,0 +1,138 @@
+"""Step 1's work: from a model's name to a checkpoint folder of ours. Imports torch and transformers when it runs.
+
+<output>/model/           config and safetensors, quantised
+<output>/processor/       tokenizer, image processor, chat template: the model's own files
+<output>/checkpoint.json  family, quantisation, precision, size
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.config.model import ModelConfig
+from vlm.errors import ModelError
+from vlm.families import family_for_config
+from vlm.loading.checkpoint import DESCRIPTION_FILE, MODEL_FOLDER, PROCESSOR_FOLDER, load_model, progress_where_seen
+from vlm.loading.source import check_weights, fetch_from_hub, is_builtin, local_folder
+from vlm.processing import Processing
+from vlm.processing.files import read_json
+
+_MAX_SHARD_SIZE = "4GB"
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What `checkpoint.json` says.
+
+    Attributes:
+        family: Name in the family table.
+        source: Name of the model: built-in, Hub name, or the folder's own name without its path.
+        quantization: ``"nf4"``, ``"int8"`` or ``"none"``.
+        double_quantization: Whether NF4's block scales are quantised too.
+        keep_unquantized: Parts kept in the precision below, besides the head.
+        dtype: Name of the torch dtype of computation and of unquantised weights.
+        num_parameters: Number of the model's weights, however they are stored.
+        num_quantized_modules: Number of quantised linear layers.
+    """
+
+    family: str
+    source: str
+    quantization: str
+    double_quantization: bool
+    keep_unquantized: tuple[str, ...]
+    dtype: str
+    num_parameters: int
+    num_quantized_modules: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**dataclasses.asdict(self), "keep_unquantized": list(self.keep_unquantized)}
+
+
+def build_checkpoint(model: ModelConfig, output_dir: Path, *, device: str, dtype: str) -> CheckpointSummary:
+    """Fetches, quantises and saves a model with its processor. The same inputs give the same bytes.
+
+    Args:
+        model: Name and precision.
+        output_dir: An empty folder, made if need be.
+        device: ``"cpu"`` or ``"cuda"``, where the weights are quantised.
+        dtype: Name of the torch dtype of computation and of unquantised weights.
+
+    Raises:
+        ModelError: The model cannot be found, is not whole, or is of no known family.
+        ResourceError: The device's memory does not hold the model.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if is_builtin(model):
+        from vlm.builtin import make_builtin_checkpoint
+
+        with tempfile.TemporaryDirectory() as folder, progress_where_seen():
+            return _build(make_builtin_checkpoint(Path(folder)), model.name, model, output_dir, device, dtype)
+    source = local_folder(model)
+    if source is None:
+        return _build(fetch_from_hub(model), model.name, model, output_dir, device, dtype)
+    return _build(source, source.resolve().name, model, output_dir, device, dtype)
+
+
+def _build(
+    source: Path, source_name: str, settings: ModelConfig, output_dir: Path, device: str, dtype: str
+) -> CheckpointSummary:
+    import torch
+    from transformers import AutoConfig
+
+    from vlm.loading.quantization import blueprint, is_quantized, quantization_config, unquantized_modules
+
+    raw_config = read_json(source / "config.json")
+    family = family_for_config(raw_config)
+    method = is_quantized(raw_config)
+    if method is not None:
+        raise ModelError(
+            f"model.name {settings.name!r} is quantised already ({method}), and quantising starts from 16-bit weights;"
+            " give the original model"
+        )
+    check_weights(source)
+    processing = Processing.from_dir(source)
+    _check_image_token(raw_config, processing, source)
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    bare = blueprint(family, config)
+    skipped = unquantized_modules(bare, family, settings)
+    quantization = quantization_config(settings, skipped, getattr(torch, dtype))
+    model = load_model(source, family, device=device, dtype=dtype, quantization=quantization)
+    with progress_where_seen():
+        model.save_pretrained(output_dir / MODEL_FOLDER, max_shard_size=_MAX_SHARD_SIZE)
+    processing.save(output_dir / PROCESSOR_FOLDER)
+    summary = CheckpointSummary(
+        family=family.model_type,
+        source=source_name,
+        quantization=settings.quantization,
+        double_quantization=settings.double_quantization and settings.quantization == "nf4",
+        keep_unquantized=tuple(sorted(settings.keep_unquantized)) if quantization is not None else (),
+        dtype=dtype,
+        num_parameters=sum(parameter.numel() for parameter in bare.parameters()),
+        num_quantized_modules=_num_quantized(model),
+    )
+    text = json.dumps(summary.to_json(), indent=2, sort_keys=True)
+    (output_dir / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
+    return summary
+
+
+def _num_quantized(model: Any) -> int:
+    import bitsandbytes as bnb
+
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return sum(isinstance(module, kinds) for module in model.modules())
+
+
+def _check_image_token(config: Any, processing: Processing, source: Path) -> None:
+    """A tokenizer of another model would put image tokens where the model does not look for them."""
+    for key in ("image_token_id", "image_token_index"):
+        if key in config and config[key] != processing.image_token_id:
+            raise ModelError(
+                f"{source}: config.json says image token {config[key]}, the tokenizer's {processing.family.image_token!r} is"
+                f" {processing.image_token_id}; use the tokenizer that belongs to the model"
+            )

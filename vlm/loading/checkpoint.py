@@ -1,0 +1,138 @@
+"""From a checkpoint folder of ours to a live model. Imports torch and transformers when a model is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.errors import ModelError, ResourceError
+from vlm.families import Family, family_by_name
+from vlm.loading.source import check_weights
+from vlm.processing import Processing
+from vlm.processing.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+MODEL_FOLDER = "model"
+PROCESSOR_FOLDER = "processor"
+DESCRIPTION_FILE = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A live model with what belongs to it.
+
+    Attributes:
+        model: In eval mode; trainable through its quantised layers.
+        processing: Its processor.
+        family: Row of the family table.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: Name of the torch dtype of computation.
+        checkpoint_dir: Folder it came from.
+    """
+
+    model: PreTrainedModel
+    processing: Processing
+    family: Family
+    device: str
+    dtype: str
+    checkpoint_dir: Path
+
+
+def load_checkpoint(checkpoint_dir: Path, *, device: str) -> LoadedModel:
+    """Loads a checkpoint that `build_checkpoint` wrote.
+
+    Args:
+        checkpoint_dir: Folder with `model/`, `processor/` and `checkpoint.json`; only read.
+        device: ``"cpu"`` or ``"cuda"`` (the current GPU). On a CPU the model computes in float32, whatever it is stored in.
+
+    Raises:
+        ModelError: The folder is not whole.
+        ResourceError: The device's memory does not hold the model.
+    """
+    checkpoint_dir = Path(checkpoint_dir)
+    description = read_json(checkpoint_dir / DESCRIPTION_FILE)
+    family = family_by_name(description["family"])
+    dtype = "float32" if device == "cpu" else description["dtype"]
+    check_weights(checkpoint_dir / MODEL_FOLDER)
+    processing = Processing.from_dir(checkpoint_dir / PROCESSOR_FOLDER)
+    model = load_model(checkpoint_dir / MODEL_FOLDER, family, device=device, dtype=dtype)
+    return LoadedModel(model, processing, family, device, dtype, checkpoint_dir)
+
+
+def load_model(
+    folder: Path, family: Family, *, device: str, dtype: str, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """Loads weights with transformers, quantising them on the way if asked to.
+
+    Args:
+        folder: Model folder with `config.json` and safetensors.
+        family: Row of the family table.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: Name of the torch dtype of computation and of unquantised weights.
+        quantization: How to quantise; None loads the weights as they are stored.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ModelError: Weights are missing or do not fit the config.
+        ResourceError: The device's memory does not hold the model.
+    """
+    import torch
+    import transformers
+
+    from vlm.loading.quantization import make_trainable
+
+    model_class: Any = getattr(transformers, family.model_class)
+    place = "cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
+    try:
+        with progress_where_seen():
+            model, report = model_class.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                device_map={"": place},
+                attn_implementation="sdpa",
+                quantization_config=quantization,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, with our words
+                output_loading_info=True,
+            )
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"the GPU's memory does not hold {family.title} from {folder.name!r} ({error}); set model.quantization to 'nf4',"
+            " take a smaller model or free the GPU"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the weights in {folder} do not fit their config.json ({error}); fetch the model again"
+        ) from error
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        # transformers would go on with random values in their place.
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weights of {family.title}, such as {missing[0]!r}; fetch the model again"
+        )
+    make_trainable(model, getattr(torch, dtype))
+    return model.eval()
+
+
+@contextmanager
+def progress_where_seen() -> Iterator[None]:
+    """Keeps transformers' progress bars off standard error unless a person looks at it."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if shown and not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

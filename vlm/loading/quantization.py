@@ -1,0 +1,103 @@
+"""bitsandbytes quantisation through transformers, with the traps of it taken care of.
+
+* transformers matches the modules to skip from the start of the full name or as an ending, so `visual` alone matches
+  nothing. The list here therefore holds the full name of every linear layer to keep.
+* An own list replaces the default one, which holds the head; so the head is always in it.
+* On CPUs with AVX512-BF16 the first forward pass in eval mode repacks a 4-bit weight into a form without a backward
+  pass, and training goes on without gradients. `make_trainable` turns the repacking off.
+
+Imports torch and transformers when its functions are called.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vlm.config.model import ModelConfig
+from vlm.families import Family
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+
+def blueprint(family: Family, config: PretrainedConfig) -> PreTrainedModel:
+    """The model without storage for its weights, to read names and shapes from."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, family.model_class)(config)
+
+
+def unquantized_modules(model: PreTrainedModel, family: Family, settings: ModelConfig) -> list[str]:
+    """Full names of the linear layers that stay in 16 or 32 bit: the head and the parts that the settings name."""
+    import torch
+
+    kept = {"head", *settings.keep_unquantized}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and family.part_of(name) in kept
+    ]
+
+
+def quantization_config(settings: ModelConfig, skipped: list[str], dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The configuration for transformers; None without quantisation.
+
+    Args:
+        settings: Of the model.
+        skipped: Full names of the linear layers to leave alone.
+        dtype: Of computation with 4-bit weights.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantization == "none":
+        return None
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def make_trainable(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Sets what every quantised layer needs to be trained through, also after passes in eval mode.
+
+    Args:
+        model: As loaded; changed in place.
+        dtype: Of computation with 4-bit weights. A checkpoint made on a GPU names bfloat16, which a CPU must not use.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
+    _silence_cast_notes()
+
+
+class _CastNotes(logging.Filter):
+    """Drops one note that bitsandbytes repeats for every 8-bit layer of every pass in float32 or bfloat16."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "inputs will be cast from" not in record.getMessage()
+
+
+def _silence_cast_notes() -> None:
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    if not any(isinstance(existing, _CastNotes) for existing in logger.filters):
+        logger.addFilter(_CastNotes())
+
+
+def is_quantized(config: Mapping[str, Any]) -> str | None:
+    """Method with which a checkpoint is quantised already, by its `config.json`; None if it is not."""
+    section = config.get("quantization_config")
+    return str(section.get("quant_method", "unknown")) if isinstance(section, Mapping) else None

@@ -1,0 +1,203 @@
+"""Where a model's files are: the built-in model, a folder, or the Hub; and whether they are whole.
+
+Only safetensors and JSON files are ever fetched or read, never pickle, and no code from a repository is run.
+Light imports; huggingface_hub comes in for Hub names only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlm.config.model import BUILTIN_MODEL, ModelConfig
+from vlm.errors import ModelError, near_names
+
+WEIGHT_INDEX = "model.safetensors.index.json"
+# What a checkpoint is made of, and all that is fetched from the Hub. Pickled weights (*.bin, *.pt) are not in it.
+FETCHED_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_builtin(model: ModelConfig) -> bool:
+    """Whether the built-in model is meant."""
+    return model.name == BUILTIN_MODEL
+
+
+def local_folder(model: ModelConfig) -> Path | None:
+    """The checkpoint folder that the name leads to; None for the built-in model and Hub names.
+
+    Raises:
+        ModelError: The name can only be a path, and no folder is there.
+    """
+    if is_builtin(model):
+        return None
+    path = Path(model.name).expanduser()
+    if path.is_dir():
+        return path
+    looks_like_path = model.name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(model.name) or path.exists()
+    if looks_like_path:
+        what = "is a file" if path.exists() else "does not exist"
+        raise ModelError(
+            f"model.name {model.name!r} {what}, and a path must lead to a checkpoint folder with config.json and"
+            f" safetensors. {_near_folders(path)}"
+        )
+    return None
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that matter, sorted: everything that `FETCHED_FILES` would take, none beneath."""
+    return sorted({path for pattern in FETCHED_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def check_weights(folder: Path) -> None:
+    """Checks that all weight files are there and as long as their headers say, without reading the weights.
+
+    Raises:
+        ModelError: Weights are missing, pickled, or cut short.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"{folder} has its weights only as {pickled[0]!r}, a pickle, which can run code when it is opened; use a"
+                " revision with safetensors, or convert it with transformers' save_pretrained"
+            )
+        raise ModelError(f"{folder} has no *.safetensors files; give the folder that holds the model's weights")
+    index = folder / WEIGHT_INDEX
+    if index.is_file():
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(listed - {path.name for path in files})
+        if missing:
+            raise ModelError(
+                f"{folder} lacks {missing[0]!r}, one of {len(listed)} files in {WEIGHT_INDEX}; fetch the model again"
+            )
+    for path in files:
+        _check_safetensors(path)
+
+
+def _check_safetensors(path: Path) -> None:
+    """Compares a file's length with its header: 8 bytes of header length, a JSON header, then the tensors."""
+    size_bytes = path.stat().st_size
+    needed: int | None = None
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) == 8 and 8 + (header_bytes := struct.unpack("<Q", prefix)[0]) <= size_bytes:
+            try:
+                header = json.loads(file.read(header_bytes))
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+                needed = 8 + header_bytes + max(ends, default=0)
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+                needed = None
+    if needed != size_bytes:
+        found = "its header cannot be read" if needed is None else f"{size_bytes} bytes of {needed}"
+        raise ModelError(
+            f"{path} is no whole safetensors file ({found}), as after an interrupted download; fetch it again"
+        )
+
+
+def fetch_from_hub(model: ModelConfig) -> Path:
+    """The folder of a Hub model in the local cache, downloaded where needed.
+
+    Raises:
+        ModelError: There is no such model or revision, it is not public, or the Hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(model):
+        commit = hub_commit(model)
+        return Path(snapshot_download(model.name, revision=commit, allow_patterns=list(FETCHED_FILES)))
+
+
+def hub_commit(model: ModelConfig) -> str:
+    """The commit that a Hub model's revision stands for now; from the local cache where the Hub cannot be reached.
+
+    Raises:
+        ModelError: There is no such model or revision, it is not public, or neither Hub nor cache has it.
+    """
+    if model.revision is not None and _COMMIT.fullmatch(model.revision):
+        return model.revision
+    import httpx
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    with _hub_errors(model):
+        try:
+            commit = HfApi().model_info(model.name, revision=model.revision, timeout=20).sha
+        except (OfflineModeIsEnabled, httpx.TransportError, ConnectionError) as error:
+            try:
+                cached = snapshot_download(
+                    model.name, revision=model.revision, allow_patterns=list(FETCHED_FILES), local_files_only=True
+                )
+            except LocalEntryNotFoundError:
+                raise ModelError(
+                    f"model.name {model.name!r} is no folder here, not in the local Hub cache, and the Hub cannot be reached"
+                    f" ({type(error).__name__}); connect to the network, fetch the model beforehand, or give a folder."
+                    f" {_near_known(model.name)}"
+                ) from error
+            commit = Path(cached).name  # snapshot folders are named by commit
+        assert commit is not None
+        return commit
+
+
+@contextmanager
+def _hub_errors(model: ModelConfig) -> Iterator[None]:
+    """Turns the Hub's answers into our errors."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ModelError(
+            f"model.name {model.name!r} is gated on the Hub; accept its conditions there and log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            f"model.revision {model.revision!r} is no branch, tag or commit of {model.name!r}; look at its history on the Hub"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"model.name {model.name!r} is neither a folder here nor a model on the Hub (or a private one: `hf auth login`)."
+            f" {_near_known(model.name)}"
+        ) from error
+    except HfHubHTTPError as error:
+        raise ModelError(f"the Hub failed on {model.name!r} ({error}); try again later or give a folder") from error
+
+
+def _near_folders(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f"Its parent {str(parent)!r} does not exist either."
+    return near_names(path.name, [entry.name for entry in parent.iterdir() if entry.is_dir()])
+
+
+def _near_known(name: str) -> str:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cached = [repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model"]
+    except CacheNotFound:
+        cached = []
+    folders = [path.parent.name for path in Path().glob("*/config.json")]
+    return near_names(name, [BUILTIN_MODEL, *cached, *folders])
