@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 
 from tests.support.tiny_models import make_tiny_checkpoint, tiny_conversation
 from vlm.config import ModelConfig
@@ -67,10 +66,11 @@ def write_dataset(
                 messages, images = tiny_conversation(answer, sizes, seed)
                 encoded = processing.encode(messages, [image.shape[:2] for image in images])
                 sample = Sample(
+                    id=None,
                     group=None,
                     messages=messages,
                     images=images,
-                    input_ids=np.asarray(encoded.input_ids, np.int32),
+                    input_ids=encoded.input_ids,
                     assistant_spans=encoded.assistant_spans,
                     num_visual_tokens=encoded.num_visual_tokens,
                     metadata={},

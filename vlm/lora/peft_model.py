@@ -1,0 +1,206 @@
+"""Putting adapters on a live model and taking them off again, exactly.
+
+peft's own loader only warns when a tensor of the file finds no place, and leaves that layer random. Here every tensor
+must find its place, and every place its tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from vlm.errors import LoraError, near_names
+
+if TYPE_CHECKING:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import PeftModel
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+TARGETS_FILE = "targets.json"
+_ADAPTER = "default"
+
+
+def wrap(model: Any, config: PeftLoraConfig) -> PeftModel:
+    """Puts a fresh adapter on a model.
+
+    Args:
+        model: A transformers model without adapter.
+        config: With exact full names as targets.
+
+    Returns:
+        The adapted model, which holds the given one inside.
+
+    Raises:
+        LoraError: A module to be trained whole is stored quantised.
+    """
+    import peft
+
+    for name in config.modules_to_save or []:
+        for inner, parameter in model.get_submodule(name).named_parameters():
+            if not parameter.is_floating_point():
+                raise LoraError(
+                    f"lora.modules_to_save has {name!r}, whose {inner} is stored in {parameter.dtype} and cannot be trained;"
+                    " adapt it with lora.target_modules, or keep its part in 16 bit with model.keep_unquantized"
+                )
+    # peft shortens a long list of targets in place; the exact names are what goes on record.
+    targets, base_name = config.target_modules, config.base_model_name_or_path
+    config.base_model_name_or_path = None
+    with warnings.catch_warnings():
+        # peft asks under a name that transformers renamed, and warns of tied weights, which the export unties.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
+        peft_model = peft.get_peft_model(model, config, adapter_name=_ADAPTER)
+    # The folder that the base was loaded from would go on record otherwise.
+    config.target_modules, config.base_model_name_or_path = targets, base_name
+    return peft_model
+
+
+def unwrap(peft_model: PeftModel) -> Any:
+    """Takes the adapter off.
+
+    Args:
+        peft_model: What ``wrap`` gave.
+
+    Returns:
+        The model as it was before, module for module.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    base = peft_model.get_base_model()
+    # peft's unload() would leave the *trained* copies of whole modules in the model.
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.original_module)
+    return peft_model.unload()
+
+
+def adapter_parameters(peft_model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """The adapter's live parameters under the names that peft gives them in a file.
+
+    Args:
+        peft_model: A model with an adapter.
+
+    Returns:
+        Parameters by file key, sorted.
+    """
+    found = {}
+    for name, parameter in peft_model.named_parameters(remove_duplicate=False):
+        if f".modules_to_save.{_ADAPTER}." in name:
+            found[name.replace(f".modules_to_save.{_ADAPTER}.", ".")] = parameter
+        elif f".lora_magnitude_vector.{_ADAPTER}." in name:
+            found[name.replace(f".{_ADAPTER}.weight", "")] = parameter
+        elif re.search(rf"\.lora_\w+\.{_ADAPTER}(\.|$)", name):
+            found[re.sub(rf"\.{_ADAPTER}(?=\.|$)", "", name)] = parameter
+    return dict(sorted(found.items()))
+
+
+def save_tensors(peft_model: PeftModel, path: Path) -> None:
+    """Writes the adapter's tensors in float32, as they are trained.
+
+    Args:
+        peft_model: A model with an adapter.
+        path: The safetensors file.
+    """
+    tensors = {
+        key: parameter.detach().to("cpu", torch.float32).contiguous().clone()
+        for key, parameter in adapter_parameters(peft_model).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load_tensors(peft_model: PeftModel, path: Path) -> None:
+    """Copies a file's tensors into the live adapter, all or nothing.
+
+    Args:
+        peft_model: A model with an adapter of the same configuration.
+        path: The safetensors file.
+
+    Raises:
+        LoraError: A tensor of the file has no place in the model, a place has no tensor, or a shape differs. The model
+            is then as before.
+    """
+    places = adapter_parameters(peft_model)
+    with safe_open(path, framework="pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, a file, not a dict
+    check_shapes(shapes, {key: tuple(parameter.shape) for key, parameter in places.items()}, str(path.name))
+    tensors = load_file(path)
+    with torch.no_grad():
+        for key, parameter in places.items():
+            parameter.copy_(tensors[key])
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Compares an adapter file with the places in a model.
+
+    Args:
+        found: Shapes in the file.
+        expected: Shapes in the model.
+        what: The file's name, for messages.
+
+    Raises:
+        LoraError: They differ.
+    """
+    homeless = sorted(set(found) - set(expected))
+    if homeless:
+        raise LoraError(
+            f"{what} has {len(homeless)} tensors that have no place in the model, first {homeless[0]!r};"
+            f" use the base model that the adapter was made for. {near_names(homeless[0], expected)}"
+        )
+    empty = sorted(set(expected) - set(found))
+    if empty:
+        raise LoraError(
+            f"{what} lacks {len(empty)} of {len(expected)} tensors, first {empty[0]!r}; it is cut short or belongs to another"
+            " adapter: make it again"
+        )
+    for key, shape in expected.items():
+        if found[key] != shape:
+            raise LoraError(
+                f"{what} has {key!r} in shape {list(found[key])} but the model needs {list(shape)};"
+                " use the base model and rank that the adapter was made with"
+            )
+
+
+def write_config(config: PeftLoraConfig, directory: Path) -> None:
+    """Writes ``adapter_config.json`` byte for byte the same for the same adapter.
+
+    Args:
+        config: peft's configuration.
+        directory: An existing folder.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, set | frozenset):
+            return sorted(value)
+        return getattr(value, "value", value)
+
+    content = {key: plain(value) for key, value in config.to_dict().items()}
+    content["inference_mode"] = True  # what plain peft expects of a saved adapter
+    text = json.dumps(content, indent=2, sort_keys=True, default=plain) + "\n"
+    (directory / CONFIG_FILE).write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_config(adapter_dir: Path) -> PeftLoraConfig:
+    """Reads ``adapter_config.json``.
+
+    Args:
+        adapter_dir: The folder of an adapter.
+
+    Raises:
+        LoraError: There is none.
+    """
+    import peft
+
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (adapter_dir / name).is_file()]
+    if missing:
+        raise LoraError(f"{adapter_dir} has no {missing[0]}; give the folder of an adapter")
+    return peft.LoraConfig.from_pretrained(str(adapter_dir))

@@ -1,0 +1,134 @@
+"""Which modules an adapter adapts, as exact full names.
+
+Imports neither torch nor peft: names come from a live model or from any list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlm.config import LoraConfig
+from vlm.errors import LoraError, near_names
+
+if TYPE_CHECKING:
+    from vlm.families import Family
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen modules."""
+
+    targets: tuple[str, ...]
+    """Full names of the adapted modules, in the model's order."""
+    ranks: dict[str, int]
+    """Rank of each target."""
+    modules_to_save: tuple[str, ...]
+    """Full names of the modules trained whole."""
+
+
+def linear_names(model: Any) -> list[str]:
+    """Full names of the linear layers of a live model, quantised ones included, in the model's order."""
+    import torch
+
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def select_targets(model_or_names: Any, family: Family, lora: LoraConfig) -> list[str]:
+    """Chooses the adapted modules.
+
+    Args:
+        model_or_names: A live model without adapter, or the full names of its linear layers.
+        family: Row of the family table.
+        lora: Switches, or explicit targets instead of them, and exclusions.
+
+    Returns:
+        Exact full names, in the model's order.
+
+    Raises:
+        LoraError: A target or an exclusion matches nothing, or nothing is left.
+    """
+    names = list(model_or_names) if isinstance(model_or_names, Sequence) else linear_names(model_or_names)
+    if lora.target_modules:
+        chosen = {name for target in lora.target_modules for name in _matches(target, names, "lora.target_modules")}
+    else:
+        chosen = {name for pattern in switched_patterns(family, lora) for name in names if re.fullmatch(pattern, name)}
+    excluded = {name for target in lora.exclude_modules for name in _matches(target, names, "lora.exclude_modules")}
+    targets = [name for name in names if name in chosen and name not in excluded]
+    heads = [name for name in targets if family.part_of(name) == "head"]
+    if heads:
+        # trl's fused loss reads the head's weight directly, so an adapter on it would never learn.
+        raise LoraError(
+            f"lora.target_modules reaches the language-model head {heads[0]!r}, which cannot carry an adapter in training;"
+            " put it into lora.modules_to_save, or leave it out with lora.exclude_modules"
+        )
+    if not targets and not lora.modules_to_save:
+        raise LoraError(
+            f"no linear layer of the model is adapted ({len(chosen)} chosen, {len(excluded)} excluded);"
+            " turn on another finetune_* switch or exclude less"
+        )
+    return targets
+
+
+def switched_patterns(family: Family, lora: LoraConfig) -> list[str]:
+    """The family's patterns that the switches turn on."""
+    on = []
+    for tower, attention, mlp in (
+        (lora.finetune_vision_layers, family.vision_attention, family.vision_mlp),
+        (lora.finetune_language_layers, family.language_attention, family.language_mlp),
+    ):
+        if tower and lora.finetune_attention_modules:
+            on.append(attention)
+        if tower and lora.finetune_mlp_modules:
+            on.append(mlp)
+    if lora.finetune_projector:
+        on.append(family.projector)
+    return on
+
+
+def select(model: Any, family: Family, lora: LoraConfig) -> Selection:
+    """Resolves everything in a LoRA configuration that names modules.
+
+    Args:
+        model: A live model without adapter.
+        family: Row of the family table.
+        lora: The configuration.
+
+    Raises:
+        LoraError: A name matches nothing, or one module is both adapted and trained whole.
+    """
+    targets = select_targets(model, family, lora)
+    ranks = dict.fromkeys(targets, lora.rank)
+    for pattern, rank in lora.rank_pattern.items():
+        ranks.update(dict.fromkeys(_matches(pattern, targets, "lora.rank_pattern"), rank))
+    modules = [name for name, _ in model.named_modules() if name]
+    whole = {name for target in lora.modules_to_save for name in _matches(target, modules, "lora.modules_to_save")}
+    both = sorted(target for target in targets for name in whole if target == name or target.startswith(f"{name}."))
+    if both:
+        raise LoraError(
+            f"{both[0]!r} is adapted and also in lora.modules_to_save; exclude it from one of them, for example with"
+            f" lora.exclude_modules: [{both[0]!r}]"
+        )
+    return Selection(tuple(targets), ranks, tuple(name for name in modules if name in whole))
+
+
+def _matches(target: str, names: Iterable[str], setting: str) -> list[str]:
+    """Names equal to a target, ending with it, or matched by it as a regular expression; the first that hits counts."""
+    names = list(names)
+    found = [name for name in names if name == target or name.endswith(f".{target}")]
+    if found:
+        return found
+    try:
+        pattern = re.compile(target)
+    except re.error as error:
+        raise LoraError(
+            f"{setting} has {target!r}, which is neither a module's name nor a regular expression ({error})"
+        ) from error
+    found = [name for name in names if pattern.fullmatch(name)]
+    if not found:
+        endings = {name.rsplit(".", 1)[-1] for name in names}
+        known = names if "." in target else endings
+        raise LoraError(f"{setting} has {target!r}, which matches no layer. {near_names(target, known)}")
+    return found

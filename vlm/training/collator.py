@@ -1,0 +1,59 @@
+"""Rows to a padded batch: ids, mask, labels and image tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from vlm.data.prepared import PreparedRow
+    from vlm.processing import Processing
+
+IGNORED = -100
+
+
+class VisionDataCollator:
+    """Makes one batch of prepared rows, padded on the right.
+
+    Args:
+        processing: Gives image tensors and ids of control tokens.
+        train_on_prompts: Put loss on everything but padding and media tokens, rather than on the assistant's words.
+    """
+
+    def __init__(self, processing: Processing, *, train_on_prompts: bool = False) -> None:
+        self.processing = processing
+        self.train_on_prompts = train_on_prompts
+        self._media = torch.tensor(sorted(processing.media_token_ids), dtype=torch.long)
+
+    def __call__(self, rows: Sequence[PreparedRow]) -> dict[str, Any]:
+        """Collates.
+
+        Args:
+            rows: Rows of a prepared split.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``labels``, tensors of shape [batch, sequence], and the model's image
+            tensors. Labels are not shifted: the model or the trainer does that.
+        """
+        length = max(len(row.input_ids) for row in rows)
+        ids = torch.full((len(rows), length), self.processing.pad_token_id, dtype=torch.long)
+        mask = torch.zeros((len(rows), length), dtype=torch.long)
+        labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
+        for position, row in enumerate(rows):
+            own = torch.tensor(row.input_ids, dtype=torch.long)  # a copy: the mapped file is read-only
+            ids[position, : len(own)] = own
+            mask[position, : len(own)] = 1
+            if self.train_on_prompts:
+                labels[position, : len(own)] = own.masked_fill(torch.isin(own, self._media), IGNORED)
+            else:
+                for start, end in row.assistant_spans:
+                    labels[position, start:end] = own[start:end]
+        pixels = self.processing.pixel_inputs([list(row.images) for row in rows])
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": labels,
+            **self.processing.model_inputs(ids, pixels),
+        }

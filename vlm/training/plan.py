@@ -1,0 +1,278 @@
+"""Step 4: which rows go into which micro-batch of which step, decided before any model is loaded.
+
+The trainer just follows the plan, so an interrupted training goes on at exactly the row where it stopped. Rows are
+drawn epoch by epoch without replacement into one stream; every step takes the next ``batch_size ·
+gradient_accumulation`` rows. Within a step, rows are sorted by length before they are cut into micro-batches: the
+gradient of a step is a sum over its tokens, so the cut changes padding only. The longest rows come first, so that what
+does not fit fails early.
+
+Files: ``plan.json`` (facts), ``batches.arrow`` (one row per micro-batch: its step and row numbers).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm.config import TrainingConfig
+from vlm.errors import DataError, ResourceError
+from vlm.summary import Summary
+from vlm.training.memory import MemoryEstimate, estimate_memory
+
+PLAN_FILE = "plan.json"
+BATCHES_FILE = "batches.arrow"
+# What the driver and the libraries take before the first tensor.
+_CUDA_CONTEXT_BYTES = 700_000_000
+_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class TrainingRows(Protocol):
+    """What the plan needs of a prepared split."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """A row with `id` and `images`."""
+
+    @property
+    def num_tokens(self) -> npt.NDArray[np.int64]:
+        """Array of shape [rows]: tokens of each row, image tokens included."""
+
+    @property
+    def num_visual_tokens(self) -> npt.NDArray[np.int64]:
+        """Array of shape [rows]: image tokens of each row."""
+
+    @property
+    def num_supervised_tokens(self) -> npt.NDArray[np.int64]:
+        """Array of shape [rows]: tokens with loss when only answers count."""
+
+
+@dataclass(frozen=True)
+class PlanSummary(Summary):
+    """The content of ``plan.json``."""
+
+    num_steps: int
+    """Optimiser steps."""
+    num_micro_batches: int
+    """Forward and backward passes."""
+    gradient_accumulation: int
+    """Micro-batches of every step but, perhaps, the last."""
+    num_train_rows: int
+    """Rows in the training split."""
+    num_validation_rows: int
+    """Rows in the validation split."""
+    num_rows_seen: int
+    """Rows over the whole training, repetitions counted."""
+    num_tokens_seen: int
+    """Their tokens, without padding."""
+    num_supervised_tokens_seen: int
+    """Their tokens in answers."""
+    padding_share: float
+    """Share of padding in all micro-batches."""
+    device: str
+    """``cpu`` or ``cuda``."""
+    dtype: str
+    """Precision of computation."""
+    optimizer: str
+    """``adamw`` or ``adamw_8bit``, no longer ``auto``."""
+    worst_sample: dict[str, Any]
+    """The costliest row: `id`, `num_tokens`, `num_visual_tokens`, `image_sizes` as [height, width]."""
+    memory: dict[str, int]
+    """Bytes by part, `expected_bytes` and `at_least_bytes`, for the costliest micro-batch."""
+    device_memory_bytes: int | None
+    """What the device has; None on a CPU."""
+
+
+def make_plan(
+    dataset_dir: Path,
+    checkpoint_dir: Path,
+    adapter_dir: Path,
+    training: TrainingConfig,
+    output_dir: Path,
+    *,
+    device: str,
+    dtype: str,
+) -> PlanSummary:
+    """Plans a training and refuses what cannot fit.
+
+    Args:
+        dataset_dir: Prepared dataset.
+        checkpoint_dir: Base model; only its configuration and file sizes are read.
+        adapter_dir: Initial adapter; only its list of targets is read.
+        training: Settings.
+        output_dir: Receives both files; made if it is not there.
+        device: ``cpu`` or ``cuda``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+
+    Returns:
+        The content of ``plan.json``.
+
+    Raises:
+        DataError: The dataset has no training rows.
+        ResourceError: The costliest micro-batch cannot fit into the GPU's memory; names the sample.
+    """
+    from vlm.data.prepared import PreparedDataset
+
+    rows = PreparedDataset(dataset_dir, "train")
+    if not len(rows):
+        raise DataError(
+            "the dataset has no training rows; lower data.split.validation_fraction and test_fraction, or add sources"
+        )
+    lengths = np.asarray(rows.num_tokens, dtype=np.int64)
+    visual = np.asarray(rows.num_visual_tokens, dtype=np.int64)
+    batches = list(plan_batches(lengths, training))
+    optimizer = resolve_optimizer(training, device)
+
+    config = json.loads((checkpoint_dir / "model" / "config.json").read_text(encoding="utf-8"))
+    adapter = json.loads((adapter_dir / "targets.json").read_text(encoding="utf-8"))
+    weights_bytes = sum(path.stat().st_size for path in (checkpoint_dir / "model").glob("*.safetensors"))
+
+    def estimate(length_tokens: int, num_visual_tokens: int) -> MemoryEstimate:
+        return estimate_memory(
+            config,
+            weights_bytes=weights_bytes,
+            num_trainable=adapter["num_trainable_parameters"],
+            trains_vision=adapter["num_targets_by_part"].get("vision", 0) > 0,
+            length_tokens=length_tokens,
+            num_visual_tokens=num_visual_tokens,
+            value_bytes=_VALUE_BYTES[dtype],
+            checkpointing=training.gradient_checkpointing,
+            optimizer=optimizer,
+        )
+
+    # Activations are linear in both counts, so two numbers give the cost of any row or micro-batch.
+    text_cost, visual_cost = estimate(1, 0).activations_bytes, estimate(0, 1).activations_bytes
+    padded = np.array([lengths[batch].max() * len(batch) for _, batch in batches])
+    visual_of_batch = np.array([visual[batch].sum() for _, batch in batches])
+    costliest = int(np.argmax(text_cost * padded + visual_cost * visual_of_batch))
+    peak = estimate(int(padded[costliest]), int(visual_of_batch[costliest]))
+    worst = int(np.argmax(text_cost * lengths + visual_cost * visual))
+    sample = {
+        "id": rows[worst].id,
+        "num_tokens": int(lengths[worst]),
+        "num_visual_tokens": int(visual[worst]),
+        "image_sizes": [list(image.shape[:2]) for image in rows[worst].images],
+    }
+    device_memory = _device_memory_bytes(device)
+    if device_memory is not None:
+        _check_fits(peak, device_memory, sample, training)
+
+    seen = np.concatenate([batch for _, batch in batches])
+    summary = PlanSummary(
+        num_steps=batches[-1][0] + 1,
+        num_micro_batches=len(batches),
+        gradient_accumulation=training.gradient_accumulation,
+        num_train_rows=len(rows),
+        num_validation_rows=len(PreparedDataset(dataset_dir, "validation")),
+        num_rows_seen=len(seen),
+        num_tokens_seen=int(lengths[seen].sum()),
+        num_supervised_tokens_seen=int(np.asarray(rows.num_supervised_tokens)[seen].sum()),
+        padding_share=round(1 - float(lengths[seen].sum() / padded.sum()), 6),
+        device=device,
+        dtype=dtype,
+        optimizer=optimizer,
+        worst_sample=sample,
+        memory={**asdict(peak), "expected_bytes": peak.expected_bytes, "at_least_bytes": peak.at_least_bytes},
+        device_memory_bytes=device_memory,
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _write_batches(batches, output_dir / BATCHES_FILE)
+    text = json.dumps(summary.to_json(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (output_dir / PLAN_FILE).write_text(text, encoding="utf-8", newline="\n")
+    return summary
+
+
+def read_plan(plan_dir: Path) -> PlanSummary:
+    """Reads ``plan.json``.
+
+    Args:
+        plan_dir: The folder of a plan artifact.
+    """
+    return PlanSummary(**json.loads((plan_dir / PLAN_FILE).read_text(encoding="utf-8")))
+
+
+def plan_batches(
+    lengths: npt.NDArray[np.int64], training: TrainingConfig
+) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Cuts the stream of rows into steps and micro-batches.
+
+    Args:
+        lengths: Array of shape [rows]: tokens of each row.
+        training: Length, batch size and seed.
+
+    Yields:
+        Pairs of the step, from 0, and an array of at most `batch_size` row numbers.
+    """
+    per_step = training.batch_size * training.gradient_accumulation
+    if training.max_steps is not None:
+        total = training.max_steps * per_step
+    else:
+        total = max(1, round((training.epochs or 1) * len(lengths)))
+    num_epochs = math.ceil(total / len(lengths))
+    stream = np.concatenate(
+        [np.random.default_rng([training.seed, epoch]).permutation(len(lengths)) for epoch in range(num_epochs)]
+    )[:total]
+    for step, start in enumerate(range(0, total, per_step)):
+        rows = stream[start : start + per_step]
+        rows = rows[np.lexsort((rows, -lengths[rows]))]
+        for first in range(0, len(rows), training.batch_size):
+            yield step, rows[first : first + training.batch_size]
+
+
+def resolve_optimizer(training: TrainingConfig, device: str) -> str:
+    """Turns ``auto`` into the optimiser of the device.
+
+    Args:
+        training: Settings.
+        device: ``cpu`` or ``cuda``.
+    """
+    if training.optimizer != "auto":
+        return training.optimizer
+    return "adamw_8bit" if device == "cuda" else "adamw"
+
+
+def _write_batches(batches: Sequence[tuple[int, npt.NDArray[np.int64]]], path: Path) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([("step", pa.int32()), ("rows", pa.list_(pa.int64()))])
+    table = pa.table([[step for step, _ in batches], [batch.tolist() for _, batch in batches]], schema=schema)
+    # The stream format: what `datasets` maps into memory without a copy.
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_table(table)
+
+
+def _device_memory_bytes(device: str) -> int | None:
+    if device != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _check_fits(peak: MemoryEstimate, device_memory: int, sample: dict[str, Any], training: TrainingConfig) -> None:
+    if peak.at_least_bytes <= device_memory - _CUDA_CONTEXT_BYTES:
+        return
+    sizes = ", ".join(f"{height} x {width} pixels" for height, width in sample["image_sizes"]) or "no image"
+    remedies = []
+    if training.batch_size > 1:
+        remedies.append("lower training.batch_size and raise training.gradient_accumulation by as much")
+    if not training.gradient_checkpointing:
+        remedies.append("turn training.gradient_checkpointing on")
+    if sample["num_visual_tokens"]:
+        remedies.append("lower data.max_pixels")
+    remedies += ["lower data.max_length_tokens", "take a larger GPU"]
+    raise ResourceError(
+        f"the costliest micro-batch needs at least {peak.at_least_bytes / 1e9:.1f} GB of GPU memory"
+        f" ({peak.weights_bytes / 1e9:.1f} weights, {peak.adapter_bytes / 1e9:.1f} adapter and optimizer, the rest activations)"
+        f" but the GPU has {device_memory / 1e9:.1f} GB. The costliest sample is {sample['id']!r}: {sample['num_tokens']} tokens,"
+        f" {sample['num_visual_tokens']} of them visual, {sizes}. Remedies: "
+        + "; ".join(f"({number}) {remedy}" for number, remedy in enumerate(remedies, 1))
+    )

@@ -1,0 +1,356 @@
+"""Step 5: trains the adapter as planned, from the newest complete checkpoint where there is one.
+
+Loads torch, transformers, trl and peft.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlm.config import TrainingConfig
+from vlm.errors import ConfigError
+from vlm.lora.attach import attach_adapter, detach_adapter
+from vlm.lora.peft_model import CONFIG_FILE, TARGETS_FILE, WEIGHTS_FILE, save_tensors
+from vlm.summary import Summary
+from vlm.training import checkpoints
+from vlm.training.interrupt import StopFlag, TrainingInterrupted
+from vlm.training.plan import BATCHES_FILE, PLAN_FILE, PlanSummary, read_plan
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from vlm.data.prepared import PreparedDataset
+    from vlm.loading.checkpoint import LoadedModel
+    from vlm.training.collator import VisionDataCollator
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "training.json"
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+_OPTIMIZERS = {
+    ("adamw", "cpu"): "adamw_torch",
+    ("adamw", "cuda"): "adamw_torch_fused",
+    ("adamw_8bit", "cuda"): "adamw_8bit",
+}
+_GPU_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class TrainingSummary(Summary):
+    """The content of ``training.json``."""
+
+    num_steps: int
+    """Optimiser steps of the whole training."""
+    resumed_from_step: int | None
+    """The step after which this run took over from a checkpoint; None for a training in one piece."""
+    final_loss: float | None
+    """The last logged training loss."""
+    validation_loss: float | None
+    """Loss per supervised token on the validation split, at the end; None without validation rows."""
+    wall_seconds: float
+    """Of this run, validation and checkpoints included."""
+    tokens_per_second: float | None
+    """Median over the logged stretches of this run."""
+    samples_per_second: float | None
+    """Median over the logged stretches of this run."""
+    peak_memory_bytes: int | None
+    """Most GPU memory that PyTorch held at once; None on a CPU."""
+
+
+def train_adapter(
+    loaded: LoadedModel,
+    adapter_dir: Path,
+    dataset_dir: Path,
+    plan_dir: Path,
+    training: TrainingConfig,
+    output_dir: Path,
+    *,
+    work_dir: Path,
+    callbacks: Sequence[Any] = (),
+    report_to: Sequence[str] = (),
+) -> TrainingSummary:
+    """Trains.
+
+    Args:
+        loaded: The base model; as before when this returns or raises.
+        adapter_dir: The initial adapter.
+        dataset_dir: Prepared dataset.
+        plan_dir: The plan.
+        training: Settings, the ones that the plan was made with.
+        output_dir: Receives ``adapter/`` and ``training/``.
+        work_dir: Keeps checkpoints between runs; made if it is not there.
+        callbacks: More transformers `TrainerCallback`s.
+        report_to: Names of transformers' own integrations.
+
+    Returns:
+        The content of ``training.json``.
+
+    Raises:
+        TrainingInterrupted: SIGTERM came; the last finished step is in a checkpoint in `work_dir`.
+        ConfigError: The plan was made for another device or precision, or the loss became infinite.
+    """
+    plan = read_plan(plan_dir)
+    if (plan.device, plan.dtype) != (loaded.device, loaded.dtype):
+        raise ConfigError(
+            f"the plan is for {plan.device} in {plan.dtype} but the model is loaded on {loaded.device} in {loaded.dtype};"
+            " plan again, or load the model as planned"
+        )
+    started = time.perf_counter()
+    work_dir.mkdir(parents=True, exist_ok=True)
+    identity = checkpoints.training_identity(
+        {
+            "plan": plan_dir / PLAN_FILE,
+            "batches": plan_dir / BATCHES_FILE,
+            "adapter": adapter_dir / WEIGHTS_FILE,
+            "config": adapter_dir / CONFIG_FILE,
+            "training": training.model_dump_json(exclude={"checkpoint_every_steps", "log_every_steps"}),
+        }
+    )
+    resume = checkpoints.newest_complete(work_dir, identity)
+    checkpoints.remove_others(work_dir, keep=resume[1] if resume else None)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        flag = stack.enter_context(StopFlag())
+        peft_model = attach_adapter(loaded, adapter_dir, trainable=True)
+        stack.callback(detach_adapter, peft_model)
+        trainer = _trainer(
+            loaded,
+            peft_model,
+            dataset_dir,
+            plan_dir,
+            plan,
+            training,
+            work_dir=work_dir,
+            identity=identity,
+            flag=flag,
+            callbacks=callbacks,
+            report_to=report_to,
+            stack=stack,
+            first_step=resume[0] if resume else 0,
+        )
+        trainer.train(resume_from_checkpoint=str(resume[1]) if resume else None)
+        if (
+            flag.signum is None
+            and plan.num_validation_rows
+            and not _validated(trainer.state.log_history, plan.num_steps)
+        ):
+            trainer.evaluate()
+        if flag.signum is not None:
+            raise TrainingInterrupted(trainer.state.global_step, flag.signum)
+        for name in ("adapter", "training"):
+            (output_dir / name).mkdir(parents=True, exist_ok=True)
+        save_tensors(peft_model, output_dir / "adapter" / WEIGHTS_FILE)
+        for name in (CONFIG_FILE, TARGETS_FILE):
+            shutil.copyfile(adapter_dir / name, output_dir / "adapter" / name)
+        return _write_metrics(
+            trainer.state.log_history,
+            output_dir / "training",
+            num_steps=plan.num_steps,
+            resumed_from_step=resume[0] if resume else None,
+            wall_seconds=time.perf_counter() - started,
+            device=loaded.device,
+        )
+
+
+def _trainer(
+    loaded: LoadedModel,
+    peft_model: PeftModel,
+    dataset_dir: Path,
+    plan_dir: Path,
+    plan: PlanSummary,
+    training: TrainingConfig,
+    *,
+    work_dir: Path,
+    identity: str,
+    flag: StopFlag,
+    callbacks: Sequence[Any],
+    report_to: Sequence[str],
+    stack: ExitStack,
+    first_step: int,
+) -> Any:
+    import datasets
+
+    from vlm.data.prepared import PreparedDataset
+    from vlm.training.callbacks import Pace, ProgressBar, StopAtStepBoundary
+    from vlm.training.collator import VisionDataCollator
+    from vlm.training.trainer import AdapterTrainer, checkpointed, forward_restored
+
+    base = peft_model.get_base_model()
+    trained_parts = {
+        loaded.family.part_of(name) for name, parameter in base.named_parameters() if parameter.requires_grad
+    }
+    stack.enter_context(forward_restored(base))
+    stack.enter_context(
+        checkpointed(
+            base,
+            training.gradient_checkpointing,
+            lambda name: loaded.family.part_of(name) == "vision" and "vision" not in trained_parts,
+        )
+    )
+    collator = VisionDataCollator(loaded.processing, train_on_prompts=training.train_on_prompts)
+    rows = PreparedDataset(dataset_dir, "train")
+    validation = PreparedDataset(dataset_dir, "validation")
+    batches = datasets.Dataset.from_file(str(plan_dir / BATCHES_FILE))
+    pace = Pace(*_work_of_steps(batches, np.asarray(rows.num_tokens), plan.num_steps))
+    pace.start(first_step)
+    progress = ProgressBar()
+    stack.callback(progress.close)
+    stack.callback(peft_model.eval)
+    return AdapterTrainer(
+        peft_model,
+        _arguments(training, plan, work_dir, report_to),
+        batches=batches,
+        collate=partial(_collate, collator, rows),
+        tokenizer=loaded.processing.tokenizer,
+        validation=validation_batches(np.asarray(validation.num_tokens), training.batch_size),
+        collate_validation=partial(_collate, collator, validation),
+        identity=identity,
+        pace=pace,
+        callbacks=[progress, StopAtStepBoundary(flag), *callbacks],
+    )
+
+
+def _arguments(training: TrainingConfig, plan: PlanSummary, work_dir: Path, report_to: Sequence[str]) -> Any:
+    from trl import SFTConfig
+
+    on_gpu = plan.device == "cuda"
+    if (plan.optimizer, plan.device) not in _OPTIMIZERS:
+        raise ConfigError(
+            f"training.optimizer {plan.optimizer!r} needs a GPU; use 'adamw' or 'auto' on a {plan.device}"
+        )
+    evaluates = training.evaluate_every_steps is not None and plan.num_validation_rows > 0
+    name = "activation_checkpointing" if hasattr(SFTConfig, "activation_checkpointing") else "gradient_checkpointing"
+    return SFTConfig(
+        output_dir=str(work_dir),
+        max_steps=plan.num_steps,
+        num_train_epochs=1,
+        # One item is one planned micro-batch.
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=_SCHEDULES[training.schedule],
+        warmup_steps=round(training.warmup_fraction * plan.num_steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=_OPTIMIZERS[plan.optimizer, plan.device],
+        # Switched on by us, see `checkpointed`. transformers renamed the setting after 5.17.
+        **{name: False},
+        bf16=on_gpu and plan.dtype == "bfloat16",
+        fp16=on_gpu and plan.dtype == "float16",
+        use_cpu=not on_gpu,
+        seed=training.seed,
+        logging_steps=training.log_every_steps,
+        logging_first_step=True,
+        # A loss that is no number is an error here, not something to smooth over.
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=training.checkpoint_every_steps,
+        # Old checkpoints go only after the new one is complete, see `_save_checkpoint`.
+        save_total_limit=None,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=training.evaluate_every_steps if evaluates else None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,
+        padding_free=False,
+        dataloader_num_workers=_GPU_WORKERS if on_gpu else 0,
+        dataloader_pin_memory=on_gpu,
+        report_to=list(report_to) or "none",
+        disable_tqdm=True,
+    )
+
+
+def _collate(collator: VisionDataCollator, rows: PreparedDataset, numbers: Sequence[int]) -> dict[str, Any]:
+    return collator([rows[number] for number in numbers])
+
+
+def validation_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Cuts the validation rows into batches of like length.
+
+    Args:
+        lengths: Array of shape [rows]: tokens of each row.
+        batch_size: Rows in a batch.
+
+    Returns:
+        Row numbers of each batch.
+    """
+    order = np.argsort(-lengths, kind="stable").tolist()
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _work_of_steps(batches: Any, lengths: np.ndarray, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    rows_of_batch = [np.asarray(rows) for rows in batches["rows"]]
+    steps = np.repeat(np.asarray(batches["step"]), [len(rows) for rows in rows_of_batch])
+    rows = np.concatenate(rows_of_batch)
+    tokens = np.bincount(steps, weights=lengths[rows], minlength=num_steps).astype(np.int64)
+    return tokens, np.bincount(steps, minlength=num_steps)
+
+
+def _validated(history: Sequence[dict[str, Any]], step: int) -> bool:
+    return any("eval_loss" in entry and entry["step"] == step for entry in history)
+
+
+def _write_metrics(
+    history: Sequence[dict[str, Any]],
+    output_dir: Path,
+    *,
+    num_steps: int,
+    resumed_from_step: int | None,
+    wall_seconds: float,
+    device: str,
+) -> TrainingSummary:
+    from vlm.training.trainer import history_lines
+
+    lines = history_lines(history)
+    with (output_dir / METRICS_FILE).open("w", encoding="utf-8", newline="\n") as handle:
+        for line in lines:
+            handle.write(json.dumps(line, sort_keys=True) + "\n")
+
+    def last(name: str) -> float | None:
+        return next((line[name] for line in reversed(lines) if name in line), None)
+
+    def median(name: str) -> float | None:
+        values = [line[name] for line in lines if name in line and line["step"] > (resumed_from_step or 0)]
+        return round(float(np.median(values)), 3) if values else None
+
+    peak = None
+    if device == "cuda":
+        import torch
+
+        peak = int(torch.cuda.max_memory_allocated())
+    summary = TrainingSummary(
+        num_steps=num_steps,
+        resumed_from_step=resumed_from_step,
+        final_loss=last("loss"),
+        validation_loss=last("eval_loss"),
+        wall_seconds=round(wall_seconds, 3),
+        tokens_per_second=median("tokens_per_second"),
+        samples_per_second=median("samples_per_second"),
+        peak_memory_bytes=peak,
+    )
+    text = json.dumps(summary.to_json(), indent=2, sort_keys=True) + "\n"
+    (output_dir / SUMMARY_FILE).write_text(text, encoding="utf-8", newline="\n")
+    return summary
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' advice out of the terminal; errors are raised anyway."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,229 @@
+"""TRL's ``SFTTrainer``, made to follow a plan.
+
+One item of the trainer's dataset is one planned micro-batch, taken in the plan's order; so a resumed run skips exactly
+what was done. What differs from the stock trainer, and why:
+
+- ``skip_prepare_dataset`` and our own batches: tokens, labels and images were settled in step 3.
+- the loss stays TRL's: summed over the step's supervised tokens and divided by their number, whatever their
+  distribution over micro-batches; logits are made in tiles and for supervised tokens only (on a GPU).
+- validation loss is weighted by tokens, not by batches.
+- checkpoints hold the adapter's tensors only, are read back by our strict loader, and count when complete.
+- a quantised base does not turn the adapter to bfloat16 (TRL's default), where small updates get lost.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from vlm.errors import ConfigError
+from vlm.lora.peft_model import WEIGHTS_FILE, load_tensors, save_tensors
+from vlm.training import checkpoints
+from vlm.training.callbacks import Pace
+from vlm.training.collator import IGNORED
+
+Rows = Sequence[int]
+
+
+class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+    """Trains the adapter of a PEFT model along planned micro-batches.
+
+    Args:
+        model: A PEFT model whose adapter's parameters are float32.
+        args: Settings.
+        batches: `datasets.Dataset` with a column `rows`, one row per micro-batch.
+        collate: Turns row numbers of the training split into a batch.
+        tokenizer: The model's tokenizer.
+        validation: Row numbers of each validation batch.
+        collate_validation: As `collate`, for the validation split.
+        identity: Of the training, for its checkpoints.
+        pace: Counts tokens and samples.
+        callbacks: More `TrainerCallback`s.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig,
+        *,
+        batches: Any,
+        collate: Callable[[Rows], dict[str, Any]],
+        tokenizer: Any,
+        validation: Sequence[Rows],
+        collate_validation: Callable[[Rows], dict[str, Any]],
+        identity: str,
+        pace: Pace,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        self._validation = validation
+        self._collate_validation = collate_validation
+        self._identity = identity
+        self._pace = pace
+        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda items: collate(items[0]["rows"]),
+            train_dataset=batches,
+            # Only its presence counts; `evaluate` below does the work.
+            eval_dataset=batches.select(range(1)) if validation else None,
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+        for parameter, data in trained:
+            parameter.data = data
+        # Our own bar shows what these print.
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        # With a tokenizer the trainer would write its ids into the model's configuration, and save it every time.
+        self.processing_class = None
+
+    def _send_telemetry(self) -> None:
+        """A training reports to nobody but its user."""
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: it walks over all parameters for every micro-batch."""
+        return 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Teacher-forced loss per supervised token over the validation split."""
+        started = time.perf_counter()
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        total, num_tokens = 0.0, 0
+        for batch in map(self._collate_validation, self._validation):
+            num_batch = int((batch["labels"][:, 1:] != IGNORED).sum())
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                mean = self.compute_loss(
+                    model, inputs, num_items_in_batch=torch.tensor(num_batch, device=self.args.device)
+                )
+            total += float(mean) * num_batch
+            num_tokens += num_batch
+        metrics = {f"{metric_key_prefix}_loss": total / max(num_tokens, 1)}
+        self._metrics["eval"].clear()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        model.train(was_training)
+        self._pace.leave_out(time.perf_counter() - started)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the pace to a training loss, and stops where the loss is no number."""
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise ConfigError(
+                    f"the {'training' if name == 'loss' else 'validation'} loss is {logs[name]} at step"
+                    f" {self.state.global_step}, so nothing more can be learnt; lower training.learning_rate, raise"
+                    " training.warmup_fraction, or set training.max_grad_norm to 1"
+                )
+        if "loss" in logs:
+            logs = {**logs, **self._pace.report(self.state.global_step)}
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter's tensors."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(self.model, folder / WEIGHTS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_tensors(self.model, Path(resume_from_checkpoint) / WEIGHTS_FILE)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        started = time.perf_counter()
+        work_dir = Path(self.args.output_dir)
+        folder = work_dir / f"checkpoint-{self.state.global_step}"
+        if folder.exists():
+            shutil.rmtree(folder)
+        # Not SFTTrainer's own, which also writes a model card with every checkpoint.
+        Trainer._save_checkpoint(self, model, trial)
+        checkpoints.mark_complete(folder, self.state.global_step, self._identity)
+        checkpoints.remove_others(work_dir, keep=folder)
+        self._pace.leave_out(time.perf_counter() - started)
+
+
+@contextmanager
+def forward_restored(model: Any) -> Iterator[None]:
+    """Undoes, at the end of a block, what trainers patch into a model's ``forward``.
+
+    Args:
+        model: The base model.
+    """
+    own = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
+        if own is not None:
+            model.forward = own
+
+
+@contextmanager
+def checkpointed(model: Any, enabled: bool, is_frozen: Callable[[str], bool]) -> Iterator[None]:
+    """Recomputes activations in the backward pass for the length of a block.
+
+    Checkpointing is non-reentrant, which needs no input with a gradient: the usual hook on the embeddings, which would
+    drag a frozen vision tower into the graph, is left out.
+
+    Args:
+        model: The base model.
+        enabled: False changes nothing.
+        is_frozen: Tells for a module's full name that nothing in it learns; such modules are not recomputed.
+    """
+    if not enabled:
+        yield
+        return
+    # transformers renamed this after 5.17, keeping the attribute of the modules.
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    word = "activation" if renamed else "gradient"
+    enable, disable = (getattr(model, f"{word}_checkpointing_{verb}") for verb in ("enable", "disable"))
+    enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False) and is_frozen(name):
+            module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        disable()
+
+
+def history_lines(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The trainer's log as the lines of ``metrics.jsonl``.
+
+    Args:
+        history: `state.log_history`.
+
+    Returns:
+        Entries with `step` and `loss` (with learning rate, gradient norm and pace) or `eval_loss`.
+    """
+    kept = (
+        "loss",
+        "eval_loss",
+        "learning_rate",
+        "grad_norm",
+        "mean_token_accuracy",
+        "tokens_per_second",
+        "samples_per_second",
+    )
+    return [
+        {"step": entry["step"], **{name: entry[name] for name in kept if name in entry}}
+        for entry in history
+        if "loss" in entry or "eval_loss" in entry
+    ]
