@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config.data import SourceConfig
-from vlm.data.locations import IMAGE_SUFFIXES, DataFile, Location, is_local, open_address, relative_name, resolve
+from vlm.data.locations import IMAGE_SUFFIXES, DataFile, Location, is_local, open_exactly, relative_name, resolve
 from vlm.data.stat_cache import Stamp, StatCache, local_stamp, remote_stamp
 from vlm.errors import DataError
 
@@ -59,7 +59,7 @@ def source_digest(
 def _identity(source: SourceConfig, hasher: _Hasher) -> dict[str, Any]:
     if "::" in source.path:
         inner, _, outer = source.path.rpartition("::")
-        fs, path = open_address(outer)
+        fs, path = open_exactly(outer)
         if not fs.isfile(path):
             raise DataError(f"data source {source.path!r}: its container {outer!r} does not exist. Check data.sources.")
         return {"format": source.format, "inner": inner, "container": hasher.content(fs, path)}

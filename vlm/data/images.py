@@ -262,5 +262,5 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             if values.min() >= 0 and values.max() <= 65535
             else (float(values.min()), float(values.max()))
         )
-    scaled = (values - low) * (255.0 / max(high - low, 1e-12))
+    scaled = (values - low) * 255.0 / max(high - low, 1e-12)
     return Image.fromarray(np.rint(scaled).astype(np.uint8))

@@ -142,9 +142,17 @@ def open_address(path: str) -> tuple[Any, str]:
     Raises:
         DataError: If no such file system is known or its package is missing.
     """
-    address = f"zip://::{path}" if path.lower().endswith(".zip") and "::" not in path else path
+    return open_exactly(f"zip://::{path}" if path.lower().endswith(".zip") and "::" not in path else path)
+
+
+def open_exactly(path: str) -> tuple[Any, str]:
+    """The same, but an archive is the file that it is.
+
+    Raises:
+        DataError: If no such file system is known or its package is missing.
+    """
     try:
-        fs, fs_path = fsspec.core.url_to_fs(address)
+        fs, fs_path = fsspec.core.url_to_fs(path)
     except FileNotFoundError as error:
         raise DataError(f"data source {path!r} does not exist. Check data.sources.") from error
     except (ValueError, ImportError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -39,8 +40,14 @@ def read_rows(fs: Any, path: str, file_format: str) -> Iterator[Row | Unreadable
         DataError: If the file as a whole cannot be read.
     """
     reader = {"parquet": _parquet_rows, "arrow": _arrow_rows, "jsonl": _jsonl_rows, "csv": _csv_rows}[file_format]
-    try:
+    with _named_errors(path, file_format):
         yield from reader(fs, path)
+
+
+@contextmanager
+def _named_errors(path: str, file_format: str) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, zlib.error, EOFError, csv.Error, UnicodeError) as error:
         remedy = (
             "Save it as UTF-8."
@@ -56,27 +63,21 @@ def columns_of(fs: Any, path: str, file_format: str) -> list[str]:
     Raises:
         DataError: If the file cannot be read.
     """
-    try:
+    with _named_errors(path, file_format):
         if file_format == "parquet":
             with _arrow_input(fs, path) as handle:
                 return list(pq.ParquetFile(handle).schema_arrow.names)
         if file_format == "arrow":
             with _arrow_input(fs, path) as handle:
                 return list(_ipc_reader(handle).schema.names)
-    except pa.ArrowException as error:
-        raise DataError(
-            f"{path!r} cannot be read as {file_format}: {error}. It may be cut short: fetch or write it again."
-        ) from error
-    if file_format == "csv":
-        with _text_input(fs, path) as text:
-            return next(csv.reader(text, delimiter=_delimiter(path)), [])
-    names: dict[str, None] = {}
-    for count, row in enumerate(read_rows(fs, path, file_format)):
-        if isinstance(row, dict):
-            names.update(dict.fromkeys(row))
-        if count + 1 >= _PEEKED_ROWS:
-            break
-    return list(names)
+        if file_format == "csv":
+            with _text_input(fs, path) as text:
+                return next(csv.reader(text, delimiter=_delimiter(path)), [])
+        names: dict[str, None] = {}
+        for row in itertools.islice(_jsonl_rows(fs, path), _PEEKED_ROWS):
+            if isinstance(row, dict):
+                names.update(dict.fromkeys(row))
+        return list(names)
 
 
 @contextmanager

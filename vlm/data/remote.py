@@ -32,12 +32,14 @@ def fetch_remote(url: str, max_bytes: int) -> bytes:
         RowError: If the address is not allowed, not public, cannot be reached, or its content is too large.
     """
     scheme = url.split("://", 1)[0].lower()
-    if "::" in url or (scheme not in _OBJECT_STORES and scheme not in ("http", "https")):
+    is_web = scheme in ("http", "https")
+    # fsspec would follow a chain such as s3://…::file://…
+    if not is_web and (scheme not in _OBJECT_STORES or "::" in url):
         raise RowError(
             "image_url", f"image address {url[:200]!r}: only http, https and object stores are fetched", url=url[:200]
         )
     try:
-        if scheme in ("http", "https"):
+        if is_web:
             with _opener().open(
                 urllib.request.Request(url, headers={"User-Agent": "vision-finetune"}), timeout=TIMEOUT_SECONDS
             ) as response:
@@ -50,6 +52,8 @@ def fetch_remote(url: str, max_bytes: int) -> bytes:
     except RowError:
         raise
     except (OSError, ValueError, ImportError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         raise RowError(
             "image_unreachable", f"image address {url[:200]!r} cannot be fetched: {error}", url=url[:200]
         ) from error
