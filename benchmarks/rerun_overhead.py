@@ -20,8 +20,8 @@ from pathlib import Path
 
 EMPTY_FLOW = """
 import os
-from flows.cli import PREFECT_SETTINGS
-for name, value in PREFECT_SETTINGS.items():
+from flows.cli import QUIET
+for name, value in QUIET.items():
     os.environ.setdefault(name, value)
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from tasks.graph import STEPS, StepName
 from vlm.config import RunConfig
 from vlm.errors import ConfigError
 
-PREFECT_SETTINGS = {
+QUIET = {
     # Embedded server: slow to start on a loaded machine, otherwise silent and on its own.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -25,6 +26,8 @@ PREFECT_SETTINGS = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 
 
@@ -175,21 +178,37 @@ def show_plan(config: RunConfig, rerun_from: StepName | None) -> int:
 
 
 def run(config: RunConfig, rerun_from: StepName | None) -> int:
-    """Runs the flow in this process, with an embedded Prefect server if no other is set up."""
-    for name, value in PREFECT_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    from flows.vision_finetune import vision_finetune
-    from tasks.summary import format_summary
-
+    """Runs the flow and prints its last lines."""
     try:
-        summary = vision_finetune(config, rerun_from)
+        summary = run_flow(config, rerun_from)
     except ValueError as error:
         return complain(error, status=1)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from the last finished step or training checkpoint\n")
         return 130
+    from tasks.summary import format_summary
+
     sys.stdout.write(format_summary(summary) + "\n")
     return 0
+
+
+def run_flow(config: RunConfig, rerun_from: StepName | None) -> dict[str, Any]:
+    """Runs the flow in this process, quietly, with an embedded Prefect server if no other is set up.
+
+    Args:
+        config: All settings.
+        rerun_from: Step that must run, with all after it.
+
+    Returns:
+        The summary of the run.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    # Notes of these packages to their own callers; nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    from flows.vision_finetune import vision_finetune
+
+    return vision_finetune(config, rerun_from)
 
 
 def complain(error: ValueError, *, status: int) -> int:

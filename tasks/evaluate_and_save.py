@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -63,19 +64,26 @@ def _report(
     refs = {"metrics": metrics, "training": training, "dataset": dataset, "plan": plan}
 
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
+        from vlm.data.prepared import PreparedDataset
         from vlm.evaluation.report import render_report
 
-        return render_report(
-            stage / "report",
+        config = session.config
+        summary = json.loads((inputs["dataset"] / "summary.json").read_text(encoding="utf-8"))
+        page = render_report(
+            title=f"{Path(config.model.name).name}: fine-tuning report",
             metrics_dir=inputs["metrics"],
+            output_dir=stage / "report",
+            rows=PreparedDataset(inputs["dataset"], config.generation.split),
             training_dir=inputs["training"],
-            dataset_dir=inputs["dataset"],
-            plan_dir=inputs["plan"],
-            split=session.config.generation.split,
-            config=session.unit("evaluate_and_save.report").settings(session.resolved),
-            versions=package_versions(),
-            digests={name: ref.digest for name, ref in refs.items()},
-        ).to_json()
+            ledger={
+                f"{action}: {reason}": count
+                for action, reasons in summary["ledger"].items()
+                for reason, count in reasons.items()
+            },
+            configuration=session.unit("evaluate_and_save.report").settings(session.resolved),
+            provenance=package_versions() | {name: ref.digest for name, ref in refs.items()},
+        )
+        return {"size_bytes": page.stat().st_size}
 
     return session.run("evaluate_and_save.report", refs, build).outputs["report"]
 

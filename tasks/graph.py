@@ -200,7 +200,7 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
         Unit(
             "evaluate_and_save.report",
             ("report",),
-            ("vlm.evaluation.report",),
+            ("vlm.evaluation.report", "vlm.data.prepared"),
             _report_settings,
             {"metrics": METRICS, "training": TRAINING, "dataset": DATASET, "plan": PLAN},
         ),

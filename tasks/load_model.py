@@ -19,9 +19,7 @@ def load_model(session: Session) -> ArtifactRef:
         from vlm.loading.build import build_checkpoint
 
         run = session.resolved
-        return build_checkpoint(
-            run.config.model, stage / "checkpoint", device=run.device, dtype=run.precision
-        ).to_json()
+        return build_checkpoint(session.model, stage / "checkpoint", device=run.device, dtype=run.precision).to_json()
 
     result = session.run("load_model", {}, build)
     return finish(session, "load_model", result.outputs["checkpoint"])

@@ -64,9 +64,9 @@ def format_plan(planned: list[Planned]) -> str:
     width = max(len(entry.unit) for entry in planned)
     lines = []
     for entry in planned:
-        key = f"  {entry.key[:12]}" if entry.key and entry.status == HIT else ""
-        lines.append(f"{entry.unit:<{width}}  {entry.status:<7}{key}".rstrip())
-        lines += [f"{'':<{width}}    {reason}" for reason in entry.reasons]
+        first, *more = entry.reasons or ("",)
+        lines.append(f"{entry.unit:<{width}}  {entry.status:<7}  {first}".rstrip())
+        lines += [f"{'':<{width + 11}}{reason}" for reason in more]
     hits = sum(entry.status == HIT for entry in planned)
     lines.append(f"{hits} of {len(planned)} are there.")
     return "\n".join(lines)
@@ -74,7 +74,7 @@ def format_plan(planned: list[Planned]) -> str:
 
 def _changes(session: Session, unit: Unit, document: dict[str, object]) -> tuple[str, ...]:
     """The differences to the most similar earlier build: what the user changed, not what some other run had."""
-    differences = [diff_documents(dict(record), document) for record in session.store.records(unit.name)]
+    differences = [diff_documents(record.document, document) for record in session.store.records(unit.name)]
     if not differences:
         return ("never built in this store",)
     closest = min(differences, key=len)
@@ -84,7 +84,7 @@ def _changes(session: Session, unit: Unit, document: dict[str, object]) -> tuple
 def _own_changes(session: Session, unit: Unit) -> tuple[str, ...]:
     """Changes of the unit's own settings, while its inputs are not known yet."""
     settings = unit.settings(session.resolved)
-    earlier = [dict(record).get("config") for record in session.store.records(unit.name)]
+    earlier = [record.document["config"] for record in session.store.records(unit.name)]
     if not earlier:
         return ()
     differences = [diff_documents({"config": old}, {"config": settings}) for old in earlier]

@@ -17,12 +17,16 @@ def prepare_dataset(session: Session, checkpoint: ArtifactRef) -> ArtifactRef:
 
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         from vlm.data.prepare import prepare_dataset as prepare
-
         from vlm.processing import Processing
 
         processing = Processing.from_dir(inputs["processor"] / "processor")
+        config = session.config
         return prepare(
-            session.config.data, processing, stage / "dataset", num_workers=session.config.runtime.num_workers
+            config.data,
+            processing,
+            stage / "dataset",
+            num_workers=config.runtime.num_workers,
+            required_splits=("train", config.generation.split),
         ).to_json()
 
     result = session.run("prepare_dataset", {"processor": checkpoint}, build)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from artifacts.store import Store
-from vlm.loading.device import detect_device, resolve_precision
-
 from artifacts.code_digest import code_digest
 from artifacts.keys import step_key
+from artifacts.manifest import subtree_digest
+from artifacts.pins import Pin
 from artifacts.refs import ArtifactRef
+from artifacts.store import Store
 from tasks.graph import STEPS, Json, Resolved, StepName, Unit, units_for
-from vlm.config import RunConfig
+from vlm.config import ModelConfig, RunConfig
+from vlm.loading.device import detect_device, resolve_precision
 from vlm.progress import bar
 
 Outputs = dict[str, ArtifactRef]
@@ -37,6 +40,13 @@ def cache_directory() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "vision-finetune"
+
+
+def open_store(url: str, cache_dir: Path) -> Store:
+    """Opens an artifact store; downloads from a remote one go below the cache folder, one folder per address."""
+    remote = "://" in url and not url.startswith(("file://", "memory://"))
+    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return Store.open(url, cache_dir=cache_dir / "artifacts" / name if remote else None)
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ class Session:
         self.tracker: Any = None
         self._sources: dict[str, dict[str, str]] = {}
         self._exit = ExitStack()
+        self._pin: Pin | None = None
 
     @classmethod
     def open(cls, config: RunConfig, *, rerun_from: StepName | None = None) -> Session:
@@ -103,13 +114,28 @@ class Session:
         device = detect_device(config.runtime.device)
         resolved = Resolved(config, device, resolve_precision(config.model.precision, device))
         cache_dir = cache_directory()
-        store = Store.open(config.runtime.store, cache_dir=cache_dir)
+        store = open_store(config.runtime.store, cache_dir)
         return cls(resolved, store, forced=forced, cache_dir=cache_dir)
 
     @property
     def config(self) -> RunConfig:
         """The configuration of this run."""
         return self.resolved.config
+
+    @property
+    def local_root(self) -> Path | None:
+        """The folder of a store on this machine, or None for a remote one."""
+        return self.store.work_dir if self.store.backend.is_local else None
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        """The model's settings, with a Hub revision pinned to the commit that it stands for at first use.
+
+        Key and download must speak of the same commit, even when the branch moves in between.
+        """
+        from vlm.loading.identity import pin_revision
+
+        return pin_revision(self.config.model)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -134,7 +160,8 @@ class Session:
         digests = {}
         for name, source in unit.inputs.items():
             ref = inputs[name]
-            digests[name] = self.store.subtree_digest(ref, source.subtree) if source.subtree else ref.digest
+            part = source.subtree
+            digests[name] = subtree_digest(self.store.manifest(ref), part) if part else ref.digest
         return {
             "unit": unit.name,
             "version": unit.version,
@@ -158,8 +185,7 @@ class Session:
 
     def work_dir(self, key: str) -> Path:
         """A folder on this machine for what an interrupted run of a unit picks up again."""
-        base = self.store.local_root or self.cache_dir
-        path = base / "work" / key
+        path = self.store.work_dir / "work" / key
         path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -188,7 +214,9 @@ class Session:
                 if result is None:
                     result = self._build(unit, key, document, inputs, build, started)
                     shutil.rmtree(self.work_dir(key), ignore_errors=True)
-        self._exit.enter_context(self.store.pin(list(result.outputs.values())))
+        if self._pin is None:
+            self._pin = self._exit.enter_context(self.store.pin())
+        self._pin.add(*result.outputs.values())
         self.results[unit.name] = result
         return result
 
@@ -251,8 +279,7 @@ class Session:
             if which == "model":
                 from vlm.loading.identity import model_digest
 
-                model = self.config.model
-                return {"model": model_digest(model, cache_dir=self.cache_dir, on_bytes=progress.update)}
+                return {"model": model_digest(self.model, cache_dir=self.cache_dir, on_bytes=progress.update)}
             from vlm.data.fingerprint import source_digest
 
             return {

@@ -71,7 +71,7 @@ def _locations(session: Session, report: ArtifactRef, exports: dict[str, Artifac
     wanted = {"adapter": adapter, "report": report} | {name: ref for name, ref in exports.items() if name != "lora"}
     if "lora" in exports:
         wanted["adapter"] = exports["lora"]
-    root = session.store.local_root
+    root = session.local_root
     where = {}
     for name, ref in wanted.items():
         if root is None:

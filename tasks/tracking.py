@@ -6,7 +6,6 @@ MLflow takes seconds to import, so a run with nothing to do never touches it.
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ def tracking_uri(session: Session) -> str:
     """
     if session.config.tracking.uri is not None:
         return session.config.tracking.uri
-    root = session.store.local_root
+    root = session.local_root
     folder = root.parent if root is not None else Path.cwd()
     return f"sqlite:///{folder / 'mlflow.db'}"
 
@@ -50,7 +49,6 @@ class Tracker:
         """Opens the MLflow run unless it is open; returns its id."""
         if self.run_id is not None:
             return self.run_id
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import mlflow
 
         mlflow.set_tracking_uri(self.uri)

@@ -127,10 +127,10 @@ def test_rerun_from_forces_a_step_and_all_after_it(first_run: dict[str, Any], sm
 def test_a_damaged_artifact_is_made_again(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
     config = RunConfig.model_validate(small_settings)
     session = Session.open(config)
-    assert session.store.local_root is not None
+    assert session.local_root is not None
     digest = first_run["artifacts"]["evaluate_and_save.metrics.metrics"]
     entry = next(file for file in session.store.manifest(digest).files if file.path == "metrics.json")
-    damaged = session.store.local_root / "objects" / entry.sha256[:2] / entry.sha256
+    damaged = session.local_root / "objects" / entry.sha256[:2] / entry.sha256
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.chmod(0o644)
