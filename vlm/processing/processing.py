@@ -133,7 +133,7 @@ class Processing:
         """Resizes as the model's own processor does, with its resampling filter.
 
         Args:
-            image: Any mode; converted to RGB.
+            image: Any mode; converted to RGB, transparency on white.
             size: Height and width in pixels, from `target_size`.
 
         Returns:
@@ -142,7 +142,7 @@ class Processing:
         import numpy as np
 
         height, width = size
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        rgb = _on_white(image) if image.has_transparency_data else image.convert("RGB")
         if rgb.size != (width, height):
             rgb = rgb.resize((width, height), resample=self.image_processor.resample)
         return np.asarray(rgb)
@@ -215,6 +215,15 @@ class Processing:
         if not any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
             (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         files.write_own_file(directory, self.family, self.context_length_tokens, self.stop_token_ids)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Text on a transparent page is dark; a plain conversion would put it on black."""
+    import PIL.Image
+
+    page = PIL.Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image.convert("RGBA"))
+    return page.convert("RGB")
 
 
 def _chat_template(folder: Path, tokenizer: Any) -> str:

@@ -1,0 +1,193 @@
+"""Image sizes and tensors against the Hugging Face processor; folders that lack something."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.support.tiny_models import tiny_conversation, tiny_image
+from tests.vlm.processing.conftest import Pair
+from vlm.errors import DataError, ModelError
+from vlm.processing import Processing
+
+SIDES = st.one_of(st.integers(1, 60), st.integers(1, 3000))
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+@given(height=SIDES, width=SIDES, limits=st.none() | st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)))
+def test_target_size_is_the_stock_one(pair: Pair, height: int, width: int, limits: tuple[int, int] | None) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    size = pair.ours.image_processor.size
+    smallest, largest = sorted(limits) if limits else (size["shortest_edge"], size["longest_edge"])
+    try:
+        expected = smart_resize(height, width, 28, smallest, largest)
+    except ValueError:
+        with pytest.raises(DataError, match=f"{height} x {width} pixels is more elongated than 1 : 200"):
+            pair.ours.target_size(height, width)
+        return
+    assert pair.ours.target_size(height, width, *(sorted(limits) if limits else ())) == expected
+
+
+def test_target_size_of_one_limit_keeps_the_other(pair: Pair) -> None:
+    assert pair.ours.target_size(1000, 1000, max_pixels=28 * 28 * 4) == (56, 56)
+    assert pair.ours.target_size(10, 10, max_pixels=28 * 28 * 100) == (56, 56)
+    assert pair.ours.target_size(10, 10, min_pixels=28 * 28 * 9) == (84, 84)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1"])
+@pytest.mark.parametrize("size", [(84, 56), (100, 37), (9, 20), (900, 700)])
+def test_pixels_resized_once_equal_the_stock_path(pair: Pair, mode: str, size: tuple[int, int]) -> None:
+    image = Image.fromarray(tiny_image(size[1], size[0])).convert("RGBA" if mode == "RGBA" else "RGB").convert(mode)
+    seen = image
+    if mode == "RGBA":
+        image.putalpha(
+            100
+        )  # older versions of transformers drop transparency, so the oracle gets the page it would see
+        seen = Image.new("RGBA", image.size, "white")
+        seen.alpha_composite(image)
+        seen = seen.convert("RGB")
+    prepared = pair.ours.resize_image(image, pair.ours.target_size(image.height, image.width))
+    assert prepared.dtype == np.uint8
+    ours = pair.ours.pixel_inputs([prepared])
+    stock = pair.oracle.image_processor(images=[seen], return_tensors="pt")
+    assert torch.equal(ours["pixel_values"], stock["pixel_values"])
+    assert torch.equal(ours["image_grid_thw"], stock["image_grid_thw"])
+
+
+def test_inputs_of_a_batch_equal_the_stock_processor(pair: Pair) -> None:
+    first, first_images = tiny_conversation("a", ((56, 84), (112, 56)))
+    second, second_images = tiny_conversation("longer answer", ((84, 84),), seed=5)
+    ids = [
+        pair.ours.encode(messages, [image.shape[:2] for image in images]).input_ids
+        for messages, images in ((first, first_images), (second, second_images))
+    ]
+    batch = torch.full((2, max(map(len, ids))), pair.ours.pad_token_id)
+    for row, row_ids in enumerate(ids):
+        batch[row, : len(row_ids)] = torch.tensor(row_ids)
+    pixels = pair.ours.pixel_inputs([first_images, second_images])
+    ours = {"input_ids": batch, **pair.ours.model_inputs(batch, pixels)}
+    texts = [pair.oracle.apply_chat_template(messages) for messages in (first, second)]
+    stock = pair.oracle(
+        text=texts, images=[*first_images, *second_images], padding=True, padding_side="right", return_tensors="pt",
+        return_mm_token_type_ids=True,
+    )  # fmt: skip
+    assert set(ours) == set(stock) - {"attention_mask"}
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, stock[name]), name
+    flat = pair.ours.pixel_inputs([*first_images, *second_images])
+    assert torch.equal(flat["pixel_values"], pixels["pixel_values"])
+
+
+def test_no_images_no_pixels(pair: Pair) -> None:
+    assert pair.ours.pixel_inputs([]) == {}
+    assert pair.ours.pixel_inputs([[], []]) == {}
+    types = pair.ours.model_inputs(torch.tensor([[1, 2]]))["mm_token_type_ids"]
+    assert types.tolist() == [[0, 0]]
+
+
+def test_number_of_image_tokens(pair: Pair) -> None:
+    assert pair.ours.num_image_tokens(56, 84) == 6
+
+
+def test_ids_and_limits_come_from_the_checkpoint(pair: Pair) -> None:
+    convert = pair.ours.tokenizer.convert_tokens_to_ids
+    assert pair.ours.stop_token_ids == (convert("<|im_end|>"), convert("<|endoftext|>"))
+    assert pair.ours.context_length_tokens == 4096
+    assert pair.ours.image_token_id == convert("<|image_pad|>")
+    assert pair.ours.pad_token_id == convert("<|endoftext|>")
+    assert convert("<|vision_start|>") in pair.ours.media_token_ids
+    assert convert("<|im_end|>") not in pair.ours.media_token_ids
+
+
+def test_decode_leaves_white_space_alone(pair: Pair) -> None:
+    text = " a , b .  don 't\n"
+    assert pair.ours.decode([*pair.ours.tokenizer.encode(text), pair.ours.stop_token_ids[0]]) == text
+
+
+def test_a_saved_processor_holds_the_models_own_files(pair: Pair, tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    pair.ours.save(tmp_path)
+    for name in ("tokenizer.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (pair.folder / name).read_bytes()
+    reopened = Processing.from_dir(tmp_path)
+    messages, images = tiny_conversation()
+    sizes = [image.shape[:2] for image in images]
+    assert reopened.encode(messages, sizes) == pair.ours.encode(messages, sizes)
+    assert reopened.family is pair.ours.family
+    assert (reopened.context_length_tokens, reopened.stop_token_ids) == (4096, pair.ours.stop_token_ids)
+    # What transformers' AutoProcessor reads first; the rest of it needs torchvision.
+    settings_file = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert settings_file["processor_class"] == type(pair.oracle).__mro__[1].__name__
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("a b") == pair.ours.tokenizer.encode("a b")
+    assert AutoImageProcessor.from_pretrained(tmp_path, backend="pil").size == pair.ours.image_processor.size
+    again = tmp_path / "again"
+    reopened.save(again)
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == {
+        path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()
+    }
+
+
+def test_older_template_files_are_read(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.folder, tmp_path, dirs_exist_ok=True)
+    template = (tmp_path / "chat_template.jinja").read_text(encoding="utf-8")
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    assert Processing.from_dir(tmp_path).chat_template == template
+    (tmp_path / "chat_template.json").unlink()
+    with pytest.raises(ModelError, match="has no chat template"):
+        Processing.from_dir(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    assert Processing.from_dir(tmp_path).chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("preprocessor_config.json", "has neither preprocessor_config.json nor processor_config.json"),
+        ("config.json", "has no config.json"),
+        ("tokenizer.json", "tokenizer in .* cannot be opened|has no '<|image_pad|>'"),
+    ],
+)
+def test_a_folder_without_a_needed_file(pair: Pair, tmp_path: Path, missing: str, message: str) -> None:
+    shutil.copytree(pair.folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / missing).unlink()
+    with pytest.raises(ModelError, match=message):
+        Processing.from_dir(tmp_path)
+
+
+def test_a_damaged_json_file(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="is no valid JSON"):
+        Processing.from_dir(tmp_path)
+
+
+def test_a_tokenizer_of_another_model(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.folder, tmp_path, dirs_exist_ok=True)
+    text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8").replace("<|image_pad|>", "<image>")
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"has no '<\|image_pad\|>'"):
+        Processing.from_dir(tmp_path)
+
+
+def test_importing_it_imports_nothing_heavy() -> None:
+    code = "import sys, vlm.processing, vlm.families; print({'torch', 'transformers', 'tokenizers', 'numpy'} & set(sys.modules))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "set()"
+    )
