@@ -15,34 +15,37 @@ _LANGUAGE = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_
 _VISION = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 
-def make_tiny_checkpoint(model_type: str, dir: Path, seed: int = 0) -> Path:
+def make_tiny_checkpoint(model_type: str, dir: Path, seed: int = 0, *, tie_word_embeddings: bool = False) -> Path:
     """Writes a float32 checkpoint of under a million parameters.
 
     Args:
         model_type: Name in the family table.
         dir: Folder, made if need be.
         seed: Of the weights.
+        tie_word_embeddings: Share the head's weights with the embeddings, as the small real models do.
 
     Returns:
         The folder: config, safetensors, tokenizer, chat template, image and video processor files.
     """
     dir.mkdir(parents=True, exist_ok=True)
     build, processor_class = _BUILDERS[model_type]
-    model = build()
+    model = build(tie_word_embeddings)
     fill_with_noise(model, seed)
     write_checkpoint(model, dir, processor_class=processor_class)
     return dir
 
 
-def _qwen2_vl() -> Any:
+def _qwen2_vl(tie: bool) -> Any:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     vision = {**_VISION, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
     text = {**language_config(**_LANGUAGE), **token_config()}
-    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **media_config()))
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie, **media_config())
+    )
 
 
-def _qwen2_5_vl() -> Any:
+def _qwen2_5_vl(tie: bool) -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     vision = {
@@ -55,7 +58,7 @@ def _qwen2_5_vl() -> Any:
     }
     text = {**language_config(**_LANGUAGE), **token_config()}
     return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **media_config())
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie, **media_config())
     )
 
 
