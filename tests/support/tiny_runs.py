@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from tests.support.tiny_models import make_tiny_checkpoint, tiny_conversation
 from vlm.config import ModelConfig
 

@@ -24,13 +24,14 @@ from vlm.errors import DataError
 from vlm.evaluation.intervals import CONFIDENCE, NUM_DRAWS, SEED, clusters, interval, resampled_values
 from vlm.evaluation.metrics import METRICS, normalize, value
 from vlm.evaluation.predictions import Prediction, read_predictions
+from vlm.summary import Summary
 
 METRICS_FILE = "metrics.json"
 ROWS_FILE = "rows.jsonl"
 
 
 @dataclass(frozen=True)
-class MetricsSummary:
+class MetricsSummary(Summary):
     """What the tasks show and log."""
 
     split: str
@@ -109,6 +110,7 @@ def evaluate_predictions(
         "normalization": evaluation.model_dump(mode="json", exclude={"metrics"}),
         "metrics": metrics,
     }
+    output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / METRICS_FILE).write_text(
         json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
     )

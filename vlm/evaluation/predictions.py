@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm.errors import DataError
+from vlm.summary import Summary
 
 ROWS_FILE = "predictions.jsonl"
 SUMMARY_FILE = "predictions.json"
@@ -37,7 +38,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class PredictionsSummary:
+class PredictionsSummary(Summary):
     """What ``predictions.json`` holds."""
 
     split: str

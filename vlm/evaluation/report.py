@@ -90,6 +90,7 @@ def render_report(
         configuration=json.dumps(configuration, indent=2, sort_keys=True, ensure_ascii=False) if configuration else "",
         provenance=dict(provenance or {}),
     )
+    output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / "report.html"
     path.write_text(page, encoding="utf-8", newline="\n")
     return path

@@ -112,7 +112,7 @@ def peft_config(selection: Selection, lora: LoraConfig, base_name: str) -> PeftL
         # peft takes an empty list for "use your defaults"; a pattern that matches nothing says "none".
         target_modules=list(selection.targets) or r"(?!)",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number works; only the hint says int
         lora_dropout=lora.dropout,
         rank_pattern={re.escape(name): rank for name, rank in selection.ranks.items() if rank != lora.rank},
         use_rslora=lora.use_rslora,
@@ -137,4 +137,3 @@ def initialize(peft_model: Any, seed: int) -> None:
             bound = 1 / math.sqrt(parameter.shape[1])
             noise = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
             parameter.copy_(noise)
-

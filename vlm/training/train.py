@@ -229,7 +229,7 @@ def _arguments(training: TrainingConfig, plan: PlanSummary, work_dir: Path, repo
         )
     evaluates = training.evaluate_every_steps is not None and plan.num_validation_rows > 0
     name = "activation_checkpointing" if hasattr(SFTConfig, "activation_checkpointing") else "gradient_checkpointing"
-    return SFTConfig(
+    settings: dict[str, Any] = dict(
         output_dir=str(work_dir),
         max_steps=plan.num_steps,
         num_train_epochs=1,
@@ -268,6 +268,7 @@ def _arguments(training: TrainingConfig, plan: PlanSummary, work_dir: Path, repo
         report_to=list(report_to) or "none",
         disable_tqdm=True,
     )
+    return SFTConfig(**settings)
 
 
 def _collate(collator: VisionDataCollator, rows: PreparedDataset, numbers: Sequence[int]) -> dict[str, Any]:

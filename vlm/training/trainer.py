@@ -35,7 +35,7 @@ from vlm.training.collator import IGNORED
 Rows = Sequence[int]
 
 
-class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+class AdapterTrainer(SFTTrainer):
     """Trains the adapter of a PEFT model along planned micro-batches.
 
     Args:
@@ -68,6 +68,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self._validation = validation
         self._collate_validation = collate_validation
         self._identity = identity
+        self._batches = batches
+        self._work_dir = Path(str(args.output_dir))
+        self._peft_model = model
         self._pace = pace
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(
@@ -96,7 +99,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        return SequentialSampler(self._batches)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -139,23 +142,22 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter's tensors."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self._work_dir
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.model, folder / WEIGHTS_FILE)
+        save_tensors(self._peft_model, folder / WEIGHTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_tensors(self.model, Path(resume_from_checkpoint) / WEIGHTS_FILE)
+        load_tensors(self._peft_model, Path(resume_from_checkpoint) / WEIGHTS_FILE)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.perf_counter()
-        work_dir = Path(self.args.output_dir)
-        folder = work_dir / f"checkpoint-{self.state.global_step}"
+        folder = self._work_dir / f"checkpoint-{self.state.global_step}"
         if folder.exists():
             shutil.rmtree(folder)
         # Not SFTTrainer's own, which also writes a model card with every checkpoint.
         Trainer._save_checkpoint(self, model, trial)
         checkpoints.mark_complete(folder, self.state.global_step, self._identity)
-        checkpoints.remove_others(work_dir, keep=folder)
+        checkpoints.remove_others(self._work_dir, keep=folder)
         self._pace.leave_out(time.perf_counter() - started)
 
 

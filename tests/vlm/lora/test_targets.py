@@ -1,0 +1,127 @@
+from collections.abc import Callable
+
+import pytest
+
+from vlm.config import LoraConfig
+from vlm.errors import LoraError
+from vlm.families import FAMILIES
+from vlm.lora.targets import linear_names, select, select_targets
+
+ALL_OFF = {
+    "finetune_vision_layers": False,
+    "finetune_language_layers": False,
+    "finetune_attention_modules": False,
+    "finetune_mlp_modules": False,
+}
+# Written down from the printed models, not computed with the family's patterns. Two layers in each tower.
+LANGUAGE_ATTENTION = [
+    f"model.language_model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkvo"
+]
+LANGUAGE_MLP = [
+    f"model.language_model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")
+]
+VISION_ATTENTION = [f"model.visual.blocks.{block}.attn.{name}" for block in range(2) for name in ("qkv", "proj")]
+VISION_MLP = {
+    "qwen2_vl": [f"model.visual.blocks.{block}.mlp.{name}" for block in range(2) for name in ("fc1", "fc2")],
+    "qwen2_5_vl": [
+        f"model.visual.blocks.{block}.mlp.{name}_proj" for block in range(2) for name in ("gate", "up", "down")
+    ],
+}
+PROJECTOR = ["model.visual.merger.mlp.0", "model.visual.merger.mlp.2"]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    ("switches", "parts"),
+    [
+        (("vision_layers", "attention_modules"), ("vision_attention",)),
+        (("vision_layers", "mlp_modules"), ("vision_mlp",)),
+        (("language_layers", "attention_modules"), ("language_attention",)),
+        (("language_layers", "mlp_modules"), ("language_mlp",)),
+        (("projector",), ("projector",)),
+        (("vision_layers", "language_layers", "attention_modules"), ("vision_attention", "language_attention")),
+        (
+            ("language_layers", "attention_modules", "mlp_modules", "projector"),
+            ("language_attention", "language_mlp", "projector"),
+        ),
+    ],
+)
+def test_switches_give_exactly_these_modules(
+    tiny_run: Callable, model_type: str, switches: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    run = tiny_run(model_type)
+    golden = {
+        "vision_attention": VISION_ATTENTION,
+        "vision_mlp": VISION_MLP[model_type],
+        "language_attention": LANGUAGE_ATTENTION,
+        "language_mlp": LANGUAGE_MLP,
+        "projector": PROJECTOR,
+    }
+    lora = LoraConfig(**(ALL_OFF | {f"finetune_{name}": True for name in switches}))
+    chosen = select_targets(run.loaded.model, run.loaded.family, lora)
+    assert sorted(chosen) == sorted(name for part in parts for name in golden[part])
+    assert chosen == [name for name in linear_names(run.loaded.model) if name in set(chosen)]
+
+
+NAMES = [*LANGUAGE_ATTENTION, *LANGUAGE_MLP, *VISION_ATTENTION, *PROJECTOR, "lm_head"]
+FAMILY = FAMILIES["qwen2_5_vl"]
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("q_proj", [name for name in LANGUAGE_ATTENTION if "q_proj" in name]),
+        ("self_attn.q_proj", [name for name in LANGUAGE_ATTENTION if "q_proj" in name]),
+        (LANGUAGE_ATTENTION[0], [LANGUAGE_ATTENTION[0]]),
+        (r"model\.language_model\.layers\.1\..*_proj", [name for name in NAMES if "layers.1." in name]),
+        ("proj", [name for name in VISION_ATTENTION if name.endswith("attn.proj")]),  # an ending is a whole word
+    ],
+)
+def test_explicit_targets(target: str, expected: list[str]) -> None:
+    assert select_targets(NAMES, FAMILY, LoraConfig(target_modules=(target,))) == expected
+
+
+def test_exclusion_wins() -> None:
+    lora = LoraConfig(target_modules=("q_proj", "v_proj"), exclude_modules=("layers.0.self_attn.q_proj", r".*v_proj"))
+    assert select_targets(NAMES, FAMILY, lora) == ["model.language_model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ("q_porj",)}, r"'q_porj', which matches no layer\. Did you mean 'q_proj'"),
+        (
+            {"target_modules": ("model.language_model.layers.0.self_attn.x_proj",)},
+            r"Did you mean 'model\.language_model\.layers\.0",
+        ),
+        ({"exclude_modules": ("nothing",)}, "lora.exclude_modules has 'nothing'"),
+        ({"target_modules": ("*",)}, "nor a regular expression"),
+        ({"target_modules": ("lm_head",)}, "modules_to_save"),
+        ({"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "no linear layer"),
+    ],
+)
+def test_what_cannot_be_is_an_error_with_a_remedy(settings: dict, message: str) -> None:
+    with pytest.raises(LoraError, match=message):
+        select_targets(NAMES, FAMILY, LoraConfig(**settings))
+
+
+def test_ranks_and_whole_modules(tiny_run: Callable) -> None:
+    run = tiny_run("qwen2_5_vl")
+    lora = LoraConfig(
+        target_modules=("q_proj", "v_proj"),
+        rank=8,
+        rank_pattern={"v_proj": 4, r".*layers\.1\.self_attn\.q_proj": 2},
+        modules_to_save=("lm_head",),
+    )
+    selection = select(run.loaded.model, run.loaded.family, lora)
+    assert selection.ranks == {
+        "model.language_model.layers.0.self_attn.q_proj": 8,
+        "model.language_model.layers.0.self_attn.v_proj": 4,
+        "model.language_model.layers.1.self_attn.q_proj": 2,
+        "model.language_model.layers.1.self_attn.v_proj": 4,
+    }
+    assert selection.modules_to_save == ("lm_head",)
+    with pytest.raises(LoraError, match="rank_pattern has 'k_proj'"):
+        select(run.loaded.model, run.loaded.family, lora.model_copy(update={"rank_pattern": {"k_proj": 2}}))
+    with pytest.raises(LoraError, match="adapted and also"):
+        select(run.loaded.model, run.loaded.family, lora.model_copy(update={"modules_to_save": ("self_attn",)}))

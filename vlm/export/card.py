@@ -1,0 +1,64 @@
+"""The model card, ``README.md``, of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_LOAD_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base = AutoModelForImageTextToText.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+processor = AutoProcessor.from_pretrained("path/to/this/folder")
+"""
+_LOAD_MERGED = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("path/to/this/folder", dtype="auto")
+processor = AutoProcessor.from_pretrained("path/to/this/folder")
+"""
+
+
+def model_card(
+    kind: str, checkpoint: Mapping[str, Any], targets: Mapping[str, Any], metrics: Mapping[str, Any] | None
+) -> str:
+    """Writes the card.
+
+    Args:
+        kind: ``lora`` or ``merged_16bit``.
+        checkpoint: Content of ``checkpoint.json``.
+        targets: Content of the adapter's ``targets.json``.
+        metrics: Content of ``metrics.json``, or None.
+
+    Returns:
+        Markdown with the front matter that the Hub reads.
+    """
+    base = checkpoint["source"]
+    lines = ["---"]
+    if base.count("/") == 1:  # only a Hub name means anything to others
+        lines.append(f"base_model: {base}")
+    lines += [
+        f"library_name: {'peft' if kind == 'lora' else 'transformers'}",
+        "pipeline_tag: image-text-to-text",
+        "tags:",
+        "- lora" if kind == "lora" else "- merged",
+        "---",
+        "",
+        f"# {'LoRA adapter for' if kind == 'lora' else 'Fine-tuned'} {base}",
+        "",
+        f"- Base model: `{base}`, stored as {checkpoint['quantization']} ({checkpoint['dtype']}) during training",
+        f"- Adapted modules: {targets['num_targets']}; trained parameters: {targets['num_trainable_parameters']:,}"
+        f" of {targets['num_base_parameters']:,}",
+    ]
+    if targets["modules_to_save"]:
+        lines.append(f"- Trained whole: {', '.join(f'`{name}`' for name in targets['modules_to_save'])}")
+    if metrics is not None:
+        lines += ["", f"Measured on {metrics['num_rows']} rows of the {metrics['split']} split:", ""]
+        lines += ["| metric | tuned | base |", "|---|---|---|"]
+        for entry in metrics["metrics"].values():
+            values = ["" if entry[who] is None else f"{entry[who]['value']:.4f}" for who in ("tuned", "base")]
+            lines.append(f"| {entry['title']} ({entry['better']} is better) | {values[0]} | {values[1]} |")
+    usage = _LOAD_ADAPTER.format(base=base) if kind == "lora" else _LOAD_MERGED
+    return "\n".join([*lines, "", "```python", usage.rstrip(), "```", ""])

@@ -1,0 +1,124 @@
+"""Reads a checkpoint's weights one at a time, dequantised, under the names of the live model's parameters.
+
+transformers stores many models under older names than their modules have (``visual.`` for ``model.visual.``); the
+mapping comes from transformers itself. Loads torch, transformers and, for quantised weights, bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from vlm.errors import ExportError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What bitsandbytes stores beside a quantised weight.
+_NF4_MARK = ".quant_state.bitsandbytes__"
+_NF4_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_INT8_PARTS = (".SCB", ".weight_format")
+
+
+def stored_names(model: PreTrainedModel) -> dict[str, str]:
+    """Under which key each tensor of a model is stored.
+
+    Args:
+        model: May be without storage (on the meta device).
+
+    Returns:
+        Keys in a checkpoint by full name in the model, tied weights included.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = list(model.state_dict())
+    # Each name travels as a number, so that it is found again whatever happens to the key.
+    numbered = {name: torch.tensor([number]) for number, name in enumerate(names)}
+    return {names[int(tensor)]: key for key, tensor in revert_weight_conversion(model, numbered).items()}
+
+
+class StoredWeights:
+    """The weights of a checkpoint folder; a context manager that keeps its files open.
+
+    Args:
+        model_dir: Folder with safetensors files.
+        device: ``cpu`` or ``cuda``, where weights are dequantised.
+    """
+
+    def __init__(self, model_dir: Path, device: str) -> None:
+        self._model_dir = model_dir
+        self._device = device
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> StoredWeights:
+        for path in sorted(self._model_dir.glob("*.safetensors")):
+            handle = safe_open(path, framework="pt", device="cpu")
+            for key in handle.keys():  # noqa: SIM118, a file, not a dict
+                self._files[key] = handle
+        if not self._files:
+            raise ExportError(f"{self._model_dir} has no safetensors files; load the model again")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.clear()
+
+    def keys(self) -> Iterator[str]:
+        """Keys of the weights themselves, sorted, without what belongs to their quantisation."""
+        for key in sorted(self._files):
+            if _NF4_MARK in key or key.endswith(_INT8_PARTS):
+                continue
+            base = next((key.removesuffix(part) for part in _NF4_PARTS if key.endswith(part)), None)
+            if base is None or base not in self._files:
+                yield key
+
+    def read(self, key: str) -> torch.Tensor:
+        """Reads one weight, dequantised to float32 where it was quantised.
+
+        Args:
+            key: One of ``keys()``.
+
+        Returns:
+            A tensor on the device, in its logical shape.
+        """
+        tensor = self._files[key].get_tensor(key).to(self._device)
+        mark = (
+            next((other for other in self._files if other.startswith(key + _NF4_MARK)), None)
+            if tensor.dtype == torch.uint8
+            else None
+        )
+        if mark is not None:
+            return self._dequantize_nf4(key, mark, tensor)
+        scale_key = key.removesuffix("weight") + "SCB"
+        if tensor.dtype == torch.int8 and scale_key in self._files:
+            row_maximum = self._files[scale_key].get_tensor(scale_key).to(self._device, torch.float32)
+            # LLM.int8() stores each row as 127 · weight / (the row's largest absolute value).
+            return tensor.to(torch.float32) * (row_maximum / 127)[:, None]
+        return tensor
+
+    def _dequantize_nf4(self, key: str, mark: str, packed: torch.Tensor) -> torch.Tensor:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        parts = {
+            other.removeprefix(f"{key}."): self._files[other].get_tensor(other)
+            for other in (mark, *(key + part for part in _NF4_PARTS))
+            if other in self._files
+        }
+        state = QuantState.from_dict(parts, device=torch.device(self._device))
+        state.dtype = torch.float32
+        return dequantize_4bit(packed, quant_state=state)
+
+
+def stored_config(model_dir: Path) -> dict[str, Any]:
+    """The checkpoint's ``config.json`` without its quantisation.
+
+    Args:
+        model_dir: Folder of the checkpoint's model.
+    """
+    config: dict[str, Any] = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    return config
