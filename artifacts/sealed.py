@@ -34,9 +34,10 @@ def unseal(raw: bytes) -> dict[str, Any]:
     """
     try:
         fields = json.loads(raw)
+        again = _dump(fields)  # refuses what it never writes, such as a number that damage has made infinite
     except ValueError as error:  # also UnicodeDecodeError
         raise BrokenSealError(f"it is not JSON ({error})") from error
-    if not isinstance(fields, dict) or _dump(fields) != raw:
+    if not isinstance(fields, dict) or again != raw:
         raise BrokenSealError("it is not in the form in which it was written")
     checksum, schema = fields.pop("checksum", None), fields.pop("schema", None)
     if checksum != _checksum(fields):

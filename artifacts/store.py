@@ -374,7 +374,7 @@ def manifest_path(digest: str) -> str:
 def _may_write(root: Path) -> bool:
     existing = next(path for path in (root, *root.parents) if path.exists())
     # A folder that is still to be made below one that cannot be written fails at the first write, with its reason.
-    return existing != root or os.access(root, os.W_OK)
+    return existing != root or os.access(root, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _user_cache(url: str) -> Path:

@@ -60,7 +60,7 @@ def test_different_values_have_different_digests(one: Any, other: Any):
     assert (canonical_digest(one) == canonical_digest(other)) == same(one, other)
 
 
-class Colour(str, enum.Enum):
+class Colour(enum.StrEnum):
     RED = "red"
 
 
@@ -71,7 +71,21 @@ class Number(int):
 @given(
     PLAIN,
     st.sampled_from(
-        [math.nan, math.inf, -math.inf, b"bytes", {1, 2}, Path("x"), 1j, object(), len, Colour.RED, Number(3), "\ud800", {1: 2}]
+        [
+            math.nan,
+            math.inf,
+            -math.inf,
+            b"bytes",
+            {1, 2},
+            Path("x"),
+            1j,
+            object(),
+            len,
+            Colour.RED,
+            Number(3),
+            "\ud800",
+            {1: 2},
+        ]
     ),
 )
 def test_what_cannot_be_hashed_raises_with_its_path(beside: Any, bad: Any):

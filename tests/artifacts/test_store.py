@@ -50,7 +50,9 @@ def entry_path(store: Store, ref: ArtifactRef, name: str) -> str:
 @pytest.mark.parametrize("consume", [True, False])
 def test_a_published_folder_comes_back_byte_for_byte(store: Store, make_tree: Callable[..., Path], consume: bool):
     folder = make_tree(FILES)
-    ref = store.publish(folder, kind="checkpoint", metadata={"family": "qwen2_vl"}, provenance={"by": "me"}, consume=consume)
+    ref = store.publish(
+        folder, kind="checkpoint", metadata={"family": "qwen2_vl"}, provenance={"by": "me"}, consume=consume
+    )
     assert (ref.kind, ref.size_bytes, ref.num_files) == ("checkpoint", sum(map(len, BYTES.values())), 4)
     assert read_tree(store.materialize(ref)) == BYTES
     assert read_tree(folder) == ({} if consume else BYTES)
@@ -329,7 +331,9 @@ def test_a_file_that_grows_while_it_is_published_is_refused(
     for consume in (True, False):
         calls = iter([grow])
         with pytest.raises(InvalidArtifactError, match="changed while"):
-            store.publish(folder, kind="dataset", consume=consume, on_bytes=lambda n, calls=calls: next(calls, len)(n and b""))
+            store.publish(
+                folder, kind="dataset", consume=consume, on_bytes=lambda n, calls=calls: next(calls, len)(n and b"")
+            )
     assert list(store.digests()) == []
 
 
