@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm.errors import DataError
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -68,17 +69,56 @@ def image_layout(parts: MediaParts, height: int, width: int) -> ImageLayout:
 def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor]:
     """Patches of all images of the batch, one after the other.
 
+    The same values as the stock processor's, but patches are cut while they are still bytes, and normalisation is a
+    look-up of 256 levels per channel: a page takes a fraction of the time.
+
+    Args:
+        parts: Processor pieces.
+        images: uint8 arrays of shape [height, width, 3] at their target size.
+
     Returns:
         ``pixel_values`` of shape [patches, channels * temporal * patch * patch] and ``image_grid_thw`` of shape
         [images, 3] (time, rows, columns, in patches); nothing for a batch without images.
     """
+    import numpy as np
+    import torch
+
     flat = [image for row in images for image in row]
     if not flat:
         return {}
-    features = parts.image_processor(
-        images=flat, do_resize=False, input_data_format="channels_last", return_tensors="pt"
-    )
-    return {"pixel_values": features["pixel_values"], "image_grid_thw": features["image_grid_thw"]}
+    processor = parts.image_processor
+    patch, merge, repeats = processor.patch_size, processor.merge_size, processor.temporal_patch_size
+    grids = [(1, image.shape[0] // patch, image.shape[1] // patch) for image in flat]
+    levels = _levels(processor)
+    values = np.empty((sum(rows * columns for _, rows, columns in grids), 3, repeats, patch * patch), np.float32)
+    position = 0
+    for image, (_, rows, columns) in zip(flat, grids, strict=True):
+        height, width, _ = image.shape
+        assert height % (patch * merge) == 0, "images come at their target size"
+        assert width % (patch * merge) == 0, "images come at their target size"
+        # Patches that are merged into one token follow each other.
+        split = image.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+        bytes_ = split.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, patch * patch)
+        for channel in range(3):
+            values[position : position + rows * columns, channel, 0] = levels[channel][bytes_[:, channel]]
+        position += rows * columns
+    values[:, :, 1:] = values[:, :, :1]  # a still image is a film of equal frames
+    return {
+        "pixel_values": torch.from_numpy(values.reshape(len(values), -1)),
+        "image_grid_thw": torch.tensor(grids, dtype=torch.int64),
+    }
+
+
+def _levels(processor: Any) -> np.ndarray:
+    """What the processor makes of each byte in each channel: float32 array of shape [3, 256]."""
+    import numpy as np
+
+    levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+    if processor.do_rescale:
+        levels = processor.rescale(levels, processor.rescale_factor)
+    if processor.do_normalize:
+        levels = processor.normalize(levels, processor.image_mean, processor.image_std)
+    return np.asarray(levels, np.float32).reshape(3, 256)
 
 
 def token_inputs(

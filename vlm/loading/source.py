@@ -27,6 +27,8 @@ FETCHED_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+# Folders hold other formats of the same weights, and so do consolidated files.
+_NOT_FETCHED = ("*/*", "consolidated*.safetensors")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -120,7 +122,10 @@ def fetch_from_hub(model: ModelConfig) -> Path:
 
     with _hub_errors(model):
         commit = hub_commit(model)
-        return Path(snapshot_download(model.name, revision=commit, allow_patterns=list(FETCHED_FILES)))
+        folder = snapshot_download(
+            model.name, revision=commit, allow_patterns=list(FETCHED_FILES), ignore_patterns=list(_NOT_FETCHED)
+        )
+        return Path(folder)
 
 
 def hub_commit(model: ModelConfig) -> str:
@@ -140,9 +145,7 @@ def hub_commit(model: ModelConfig) -> str:
             commit = HfApi().model_info(model.name, revision=model.revision, timeout=20).sha
         except (OfflineModeIsEnabled, httpx.TransportError, ConnectionError) as error:
             try:
-                cached = snapshot_download(
-                    model.name, revision=model.revision, allow_patterns=list(FETCHED_FILES), local_files_only=True
-                )
+                cached = snapshot_download(model.name, revision=model.revision, local_files_only=True)
             except LocalEntryNotFoundError:
                 raise ModelError(
                     f"model.name {model.name!r} is no folder here, not in the local Hub cache, and the Hub cannot be reached"

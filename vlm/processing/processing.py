@@ -55,7 +55,7 @@ class Processing:
         self.image_processor = image_processor
         self.chat_template = chat_template
         self.context_length_tokens = context_length_tokens
-        self.stop_token_ids = stop_token_ids or (tokenizer.eos_token_id,)
+        self.stop_token_ids = stop_token_ids or _end_token(tokenizer, source_dir)
         self._source_dir = source_dir
         self._parts = MediaParts(image_processor, settings, tokenizer.convert_tokens_to_ids)
         self._encoder = ChatEncoder(tokenizer, chat_template, family)
@@ -242,6 +242,15 @@ def _chat_template(folder: Path, tokenizer: Any) -> str:
             " or use its instruction-tuned version"
         )
     return template
+
+
+def _end_token(tokenizer: Any, folder: Path) -> tuple[int, ...]:
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"neither the tokenizer nor the configs in {folder} name a token that ends an answer; add eos_token_id to its"
+            " generation_config.json"
+        )
+    return (tokenizer.eos_token_id,)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from huggingface_hub import errors
 from vlm.config.model import ModelConfig
 from vlm.errors import ModelError
 from vlm.loading import source
-from vlm.loading.source import FETCHED_FILES, check_weights, checkpoint_files, fetch_from_hub, hub_commit, local_folder
+from vlm.loading.source import check_weights, checkpoint_files, fetch_from_hub, hub_commit, local_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -98,15 +98,22 @@ class TestHub:
             asked.update(name=name, revision=revision)
             return type("Info", (), {"sha": COMMIT})
 
-        def snapshot_download(name: str, *, revision: str, allow_patterns: list[str]) -> str:
-            asked.update(commit=revision, patterns=allow_patterns)
+        def snapshot_download(
+            name: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]
+        ) -> str:
+            asked.update(commit=revision, patterns=allow_patterns, ignored=ignore_patterns)
             return str(tmp_path)
 
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         assert fetch_from_hub(ModelConfig(name="some/model", revision="v1")) == tmp_path
-        assert asked == {"name": "some/model", "revision": "v1", "commit": COMMIT, "patterns": list(FETCHED_FILES)}
-        assert not any("bin" in pattern or "py" in pattern or pattern == "*" for pattern in asked["patterns"])
+        assert (asked["name"], asked["revision"], asked["commit"]) == ("some/model", "v1", COMMIT)
+        repository = ["config.json", "a-00001.safetensors", "tokenizer.json", "chat_template.jinja", "merges.txt", "README.md",
+                      "model.bin", "code.py", "x.pt", "original/m.safetensors", "consolidated.safetensors"]  # fmt: skip
+        taken = huggingface_hub.utils.filter_repo_objects(
+            repository, allow_patterns=asked["patterns"], ignore_patterns=asked["ignored"]
+        )
+        assert list(taken) == repository[:5]
 
     def test_a_full_commit_needs_no_look_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.answer_with(monkeypatch, AssertionError("asked the Hub"))
