@@ -57,6 +57,7 @@ class Family:
         architectures: Values of `architectures` in `config.json` that mean this family.
         config_types: Values of `model_type` in `config.json` that mean this family, where no architecture is given.
         model_class: Class in transformers that loads a checkpoint of this family.
+        image_processor_class: Class in transformers that prepares its images with Pillow alone.
         language_attention: Full names of the attention projections of the language model, cross-attention included.
         language_mlp: Full names of the feed-forward projections of the language model.
         vision_attention: Full names of the attention projections of all vision encoders.
@@ -82,6 +83,7 @@ class Family:
     architectures: tuple[str, ...]
     config_types: tuple[str, ...]
     model_class: str
+    image_processor_class: str
     language_attention: str
     language_mlp: str
     vision_attention: str

@@ -11,6 +11,7 @@ QWEN2_VL = Family(
     architectures=("Qwen2VLForConditionalGeneration",),
     config_types=("qwen2_vl",),
     model_class="Qwen2VLForConditionalGeneration",
+    image_processor_class="Qwen2VLImageProcessorPil",
     language_attention=r"model\.language_model\.layers\.\d+\.self_attn\.[qkvo]_proj",
     language_mlp=r"model\.language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj",
     vision_attention=r"model\.visual\.blocks\.\d+\.attn\.(qkv|proj)",

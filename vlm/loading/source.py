@@ -160,10 +160,12 @@ def hub_commit(model: ModelConfig) -> str:
 @contextmanager
 def _hub_errors(model: ModelConfig) -> Iterator[None]:
     """Turns the Hub's answers into our errors."""
+    import httpx
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -182,6 +184,11 @@ def _hub_errors(model: ModelConfig) -> Iterator[None]:
         raise ModelError(
             f"model.name {model.name!r} is neither a folder here nor a model on the Hub (or a private one: `hf auth login`)."
             f" {_near_known(model.name)}"
+        ) from error
+    except (httpx.TransportError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise ModelError(
+            f"the download of {model.name!r} broke off ({type(error).__name__}: {error}); run again when the network is back,"
+            " what has arrived is kept"
         ) from error
     except HfHubHTTPError as error:
         raise ModelError(f"the Hub failed on {model.name!r} ({error}); try again later or give a folder") from error

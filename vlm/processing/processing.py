@@ -79,7 +79,7 @@ class Processing:
         Raises:
             ModelError: The folder lacks one of them, or the tokenizer has no `tokenizers` backend.
         """
-        from transformers import AutoImageProcessor, AutoTokenizer
+        import transformers
 
         processor_dir = Path(processor_dir)
         family, context_length, stop_token_ids = files.describe(processor_dir)
@@ -89,7 +89,7 @@ class Processing:
                 " prepared as the model expects; copy them from the original model"
             )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(processor_dir, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(processor_dir, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"the tokenizer in {processor_dir} cannot be opened ({error}); fetch the model again"
@@ -99,10 +99,12 @@ class Processing:
                 f"the tokenizer in {processor_dir} has no tokenizer.json, which is needed to find the assistant's words;"
                 " convert it with transformers' save_pretrained"
             )
+        # By class and not through AutoImageProcessor, which wants torchvision in some versions.
+        image_processor_class: Any = getattr(transformers, family.image_processor_class)
         return cls(
             family=family,
             tokenizer=tokenizer,
-            image_processor=AutoImageProcessor.from_pretrained(processor_dir, backend="pil", local_files_only=True),
+            image_processor=image_processor_class.from_pretrained(processor_dir, local_files_only=True),
             chat_template=_chat_template(processor_dir, tokenizer),
             settings=_settings(processor_dir),
             source_dir=processor_dir,

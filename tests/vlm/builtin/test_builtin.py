@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_another_process_writes_the_same_bytes(folder: Path, tmp_path: Path) -> 
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         check=True,
-        env={"PYTHONHASHSEED": "7", "PATH": ""},
+        env={**os.environ, "PYTHONHASHSEED": "7"},
         capture_output=True,
     )
     assert digests(tmp_path) == digests(folder)

@@ -142,6 +142,15 @@ class TestHub:
         with pytest.raises(ModelError, match="the Hub failed on 'some/model'"):
             hub_commit(ModelConfig(name="some/model"))
 
+    @pytest.mark.parametrize("error", [httpx.ReadTimeout("slow"), errors.LocalEntryNotFoundError("gone")])
+    def test_a_broken_download(self, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+        def snapshot_download(*args: Any, **kwargs: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        with pytest.raises(ModelError, match=r"the download of 'some/model' broke off .*what has arrived is kept"):
+            fetch_from_hub(ModelConfig(name="some/model", revision=COMMIT))
+
     @pytest.mark.parametrize("error", [httpx.ConnectError("no route"), errors.OfflineModeIsEnabled("offline")])
     def test_offline_without_a_copy(self, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         self.answer_with(monkeypatch, error)

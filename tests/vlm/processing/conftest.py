@@ -22,7 +22,7 @@ class Pair:
 def huggingface_processor(folder: Path, class_name: str) -> Any:
     """The stock processor without its video part, which needs torchvision."""
     import transformers
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
     stock: Any = getattr(transformers, class_name)
 
@@ -33,7 +33,7 @@ def huggingface_processor(folder: Path, class_name: str) -> Any:
             return None
 
     return WithoutVideo(
-        AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        Qwen2VLImageProcessorPil.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
         None,
         chat_template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),

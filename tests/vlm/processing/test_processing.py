@@ -47,6 +47,17 @@ def test_target_size_of_one_limit_keeps_the_other(pair: Pair) -> None:
     assert pair.ours.target_size(10, 10, min_pixels=28 * 28 * 9) == (84, 84)
 
 
+def test_limits_in_the_notation_of_older_checkpoints(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    del config["size"]
+    config |= {"min_pixels": 9 * 28 * 28, "max_pixels": 16 * 28 * 28}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    processing = Processing.from_dir(tmp_path)
+    assert processing.target_size(28, 28) == (84, 84)
+    assert processing.target_size(2800, 2800) == (112, 112)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1"])
 @pytest.mark.parametrize("size", [(84, 56), (100, 37), (9, 20), (900, 700)])
 def test_pixels_resized_once_equal_the_stock_path(pair: Pair, mode: str, size: tuple[int, int]) -> None:
@@ -118,7 +129,7 @@ def test_decode_leaves_white_space_alone(pair: Pair) -> None:
 
 
 def test_a_saved_processor_holds_the_models_own_files(pair: Pair, tmp_path: Path) -> None:
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
     pair.ours.save(tmp_path)
     for name in ("tokenizer.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"):
@@ -133,7 +144,7 @@ def test_a_saved_processor_holds_the_models_own_files(pair: Pair, tmp_path: Path
     settings_file = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert settings_file["processor_class"] == type(pair.oracle).__mro__[1].__name__
     assert AutoTokenizer.from_pretrained(tmp_path).encode("a b") == pair.ours.tokenizer.encode("a b")
-    assert AutoImageProcessor.from_pretrained(tmp_path, backend="pil").size == pair.ours.image_processor.size
+    assert Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size == pair.ours.image_processor.size
     again = tmp_path / "again"
     reopened.save(again)
     assert {path.name: path.read_bytes() for path in again.iterdir()} == {
