@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from artifacts.errors import NotFoundError, StoreError
 from artifacts.gc import collect
 from artifacts.store import Store
-from artifacts.verify import verify
 
 _LISTED_FILES = 20
 _LISTED_PROBLEMS = 20
@@ -112,7 +111,7 @@ def _verify(store: Store, options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     with tqdm(desc="reading", unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None) as progress:
-        report = verify(store, on_bytes=progress.update, remove=options.remove)
+        report = store.verify(on_bytes=progress.update, remove=options.remove)
     _say(
         f"{store.url}: {_count(report.num_records, 'record')}, {_count(report.num_manifests, 'artifact')}, "
         f"{_count(report.num_objects, 'object')}, {_size(report.size_bytes)}"

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from artifacts.backend import Backend, LocalBackend
@@ -97,7 +97,8 @@ def file_lock(path: Path, *, shared: bool = False, on_wait: OnWait | None = None
         yield
     finally:
         # Unlock first: a child process may have inherited the descriptor, and would keep the lock.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        with suppress(OSError):  # where there are no locks
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

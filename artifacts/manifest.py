@@ -134,6 +134,11 @@ class Manifest:
         return {"kind": self.kind, "files": files, "metadata": dict(self.metadata)}
 
 
+def manifest_path(digest: str) -> str:
+    """Returns where a manifest lies, relative to the store's root."""
+    return f"manifests/{digest[:2]}/{digest}.json"
+
+
 def check_path(path: str) -> str:
     """Returns a path that is safe to create below a directory on any machine.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from artifacts.backend import LocalBackend
 from artifacts.errors import CorruptObjectError, NotFoundError, writing
 from artifacts.hashing import OnBytes
+from artifacts.locks import file_lock
 from artifacts.manifest import FileEntry, Manifest
 from artifacts.objects import Objects, in_parallel, object_path
 from artifacts.scratch import remove_tree, scratch_folder
@@ -129,21 +130,28 @@ class Materializer:
 
     def _mend(self, manifest: Manifest, target: Path) -> None:
         """Makes a folder, whoever made or changed it, hold exactly the artifact's verified files."""
-        expected = {entry.path: entry for entry in manifest.files}
-        found = {Path(place, name) for place, _, names in os.walk(target) for name in names}
-        for path in found:
-            if path.relative_to(target).as_posix() not in expected:
+        if not any(self._wrong(manifest, target)):
+            return
+        with file_lock(self._root / "locks" / f"materialized-{manifest.digest}.lock"):
+            strays, wrong = self._wrong(manifest, target)
+            for path in strays:
                 with _writable(path.parent):
                     path.unlink(missing_ok=True)
-        for entry in manifest.files:
-            path = target / entry.path
-            if not self._is_right(entry, path):
+            for entry in wrong:
+                path = target / entry.path
                 with _writable_path(target, path):
                     if path.is_dir():
                         remove_tree(path)
                     fresh = path.with_name(f".{os.urandom(8).hex()}")
                     self._link(entry, fresh)
                     os.replace(fresh, path)
+
+    def _wrong(self, manifest: Manifest, target: Path) -> tuple[list[Path], list[FileEntry]]:
+        """Returns the files that do not belong into a folder, and the entries whose files are missing or wrong."""
+        expected = {target / entry.path for entry in manifest.files}
+        found = {Path(place, name) for place, _, names in os.walk(target) for name in names}
+        wrong = [entry for entry in manifest.files if not self._is_right(entry, target / entry.path)]
+        return sorted(found - expected), wrong
 
     def _is_right(self, entry: FileEntry, path: Path) -> bool:
         try:

@@ -31,7 +31,7 @@ from artifacts.errors import CorruptObjectError, NotFoundError, StoreWriteError
 from artifacts.hashing import OnBytes, serialized
 from artifacts.index import Index, IndexRecord, now
 from artifacts.locks import LEASE_SECONDS, OnWait, file_lock, store_lock
-from artifacts.manifest import Manifest
+from artifacts.manifest import Manifest, manifest_path
 from artifacts.materialize import Materializer
 from artifacts.objects import Objects, in_parallel, object_path
 from artifacts.pins import PIN_SECONDS, Pin, pinned
@@ -39,6 +39,7 @@ from artifacts.publishing import Ingest, empty_folder, scan
 from artifacts.refs import ArtifactRef, check_digest, check_name
 from artifacts.scratch import remove_tree, scratch_folder
 from artifacts.sealed import BrokenSealError
+from artifacts.verify import VerifyReport, verify
 
 _log = logging.getLogger("artifacts")
 
@@ -326,6 +327,10 @@ class Store:
             )
         return data.decode()
 
+    def verify(self, *, on_bytes: OnBytes | None = None, remove: bool = False) -> VerifyReport:
+        """Reads every byte of the store and reports what is wrong; see `artifacts.verify.verify`."""
+        return verify(self, on_bytes=on_bytes, remove=remove)
+
     def digests(self) -> Iterator[str]:
         """Yields the digests of all artifacts, in no particular order."""
         for entry in self.backend.walk("manifests"):
@@ -364,11 +369,6 @@ class Store:
             self.backend.remove(path)
         except StoreWriteError as error:
             _log.warning("It could not be removed: %s", error)
-
-
-def manifest_path(digest: str) -> str:
-    """Returns where a manifest lies, relative to the store's root."""
-    return f"manifests/{digest[:2]}/{digest}.json"
 
 
 def _may_write(root: Path) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from artifacts.hashing import OnBytes, serialized
-from artifacts.manifest import Manifest
+from artifacts.manifest import Manifest, manifest_path
 from artifacts.objects import in_parallel
 from artifacts.sealed import BrokenSealError
-from artifacts.store import Store, manifest_path
+
+if TYPE_CHECKING:
+    from artifacts.store import Store
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import pytest
 
 from artifacts import Store, StoreError, StoreUnavailableError, StoreWriteError
 from artifacts.gc import collect
-from artifacts.verify import verify
 
 from .conftest import publish, read_tree, stored, write_files
 
@@ -29,7 +28,7 @@ NOBODY = 65534
 
 def assert_nothing_visible(store: Store, earlier: dict[str, bytes | str] | None = None) -> None:
     assert stored(store, "tmp") == []
-    report = verify(store)
+    report = store.verify()
     assert report.problems == ()
     assert report.num_manifests == (1 if earlier else 0)
 
@@ -264,7 +263,7 @@ def test_a_process_killed_while_publishing_leaves_a_whole_store(
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
 
-    report = verify(file_store)
+    report = file_store.verify()
     assert (report.problems, report.num_manifests) == ((), 0)
     ref = publish(file_store, FILES)
     assert read_tree(file_store.materialize(ref)) == FILES
@@ -300,7 +299,7 @@ def test_two_processes_publish_the_same_at_the_same_time(
         results.append(output)
     assert len(set(results)) == 1
     assert len(stored(file_store, "objects")) == 8
-    assert verify(file_store).problems == ()
+    assert file_store.verify().problems == ()
     assert read_tree(file_store.materialize(results[0].strip())) == files
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from artifacts import ArtifactRef, Store, gc, index, pins
 from artifacts.gc import collect
-from artifacts.verify import verify
 
 from .conftest import flip_byte, publish, read_tree, stored
 
@@ -71,7 +70,7 @@ def test_the_policy_for_records_and_the_dry_run(
     for number, ref in refs.items():
         assert (store.lookup("train", f"{number:064x}") is not None) == (number in kept)
         assert (ref.digest in set(store.digests())) == (number in kept)
-    assert verify(store).problems == ()
+    assert store.verify().problems == ()
     again = collect(store, dry_run=False, grace_seconds=0, **policy)
     assert (again.records, again.manifests, again.objects, again.freed_bytes) == ([], [], [], 0)
 
@@ -150,7 +149,7 @@ def test_verify_reports_and_removes_every_kind_of_damage(
     for number in range(4):
         keep(store, "train", number, monkeypatch)
     counts: list[int] = []
-    report = verify(store, on_bytes=counts.append)
+    report = store.verify(on_bytes=counts.append)
     assert (report.num_records, report.num_manifests, report.num_objects, report.problems) == (4, 4, 5, ())
     assert sum(counts) == report.size_bytes > 0
 
@@ -162,12 +161,12 @@ def test_verify_reports_and_removes_every_kind_of_damage(
         path for path in stored(store, "manifests") if store.records("train")[2].outputs["out"].digest in path
     )
     flip_byte(store, manifest, 50)
-    found = sorted((problem.part, problem.what.split(" (")[0]) for problem in verify(store).problems)
+    found = sorted((problem.part, problem.what.split(" (")[0]) for problem in store.verify().problems)
     assert [part for part, _ in found] == ["manifest", "manifest", "object", "record"]
     assert len(stored(store, "index")) == 4
-    assert verify(store, remove=True).removed
+    assert store.verify(remove=True).removed
     assert len(stored(store, "index")) == len(stored(store, "manifests")) == len(stored(store, "objects")) == 3
-    assert {problem.what.rpartition(" is ")[2] for problem in verify(store).problems} == {"missing"}
+    assert {problem.what.rpartition(" is ")[2] for problem in store.verify().problems} == {"missing"}
     assert store.lookup("train", f"{3:064x}") is None
 
 

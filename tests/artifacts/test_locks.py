@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -13,7 +14,7 @@ import pytest
 from artifacts import Store
 from artifacts.locks import file_lock, remove_if_free
 
-from .conftest import stored
+from .conftest import publish, stored
 
 
 @pytest.fixture
@@ -106,3 +107,12 @@ def test_a_lock_file_removed_between_open_and_lock_is_made_again(tmp_path: Path,
     with file_lock(path):
         assert path.exists()
         assert len(calls) == 2
+
+
+def test_a_file_system_without_locks_only_loses_the_saving(file_store: Store, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("artifacts.locks.fcntl.flock", refuse)
+    with file_store.lock("train", "k"), file_store.lock("train", "k"):
+        assert publish(file_store, {"a": b"a"}).num_files == 1

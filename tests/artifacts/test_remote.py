@@ -9,7 +9,6 @@ import pytest
 from artifacts import Store, StoreWriteError
 from artifacts.gc import collect
 from artifacts.remote import RemoteBackend
-from artifacts.verify import verify
 
 from .conftest import flip_byte, publish, read_tree, stored
 
@@ -29,7 +28,7 @@ def test_a_round_trip(generic: Store):
     assert stored(generic, "tmp") == []
     with generic.lock("train", "k"):
         assert stored(generic, "leases") == ["leases/train-k.json"]
-    assert verify(generic).problems == ()
+    assert generic.verify().problems == ()
     flip_byte(generic, f"objects/{(digest := generic.manifest(ref).file('a/b').sha256)[:2]}/{digest}")
     assert generic.lookup("train", "k") is None
     report = collect(generic, dry_run=False, keep_last=0, grace_seconds=0)

@@ -21,8 +21,8 @@ from artifacts import (
     hashing,
 )
 from artifacts.backend import LocalBackend
+from artifacts.manifest import manifest_path
 from artifacts.objects import object_path
-from artifacts.store import manifest_path
 
 from .conftest import flip_byte, overwrite, publish, read_tree, stored
 
@@ -259,6 +259,21 @@ def test_a_materialized_folder_is_read_only_and_mended(store: Store, reopen: Cal
         path.unlink()
     (folder / "processor").rmdir()
     assert read_tree(reopen().materialize(ref)) == BYTES
+
+
+def test_many_threads_may_mend_the_same_folder(store: Store):
+    ref = recorded(store)
+    folder = store.materialize(ref)
+    for _ in range(5):
+        for place in (folder, folder / "model"):
+            place.chmod(0o755)
+        (folder / "stray").write_bytes(b"")
+        (folder / "empty").unlink()
+        (folder / "model/config.json").unlink()
+        (folder / "model/config.json").write_text("{}")
+        with ThreadPoolExecutor(6) as pool:
+            assert set(pool.map(store.materialize, [ref] * 6)) == {folder}
+        assert read_tree(folder) == BYTES
 
 
 def test_a_corrupt_local_copy_of_a_remote_object_is_fetched_again(store: Store, reopen: Callable[[], Store]):
