@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from artifacts import ArtifactRef, Store, gc, index, pins
+from artifacts import ArtifactRef, Store, pins
 from artifacts.gc import collect
 
 from .conftest import flip_byte, publish, read_tree, stored
@@ -219,8 +219,3 @@ def test_what_a_remote_collection_removed_meanwhile_is_uploaded_again(
     monkeypatch.setattr(Store, "_write_manifest", collect_just_before)
     ref = store.publish(make_tree({"a": b"old"}), kind="plan", consume=True)
     assert read_tree(store.materialize(ref)) == {"a": b"old"}
-
-
-def test_the_clock_of_records_is_utc():
-    assert index.now().endswith("+00:00")
-    assert gc._DAY_SECONDS == 86400
