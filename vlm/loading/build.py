@@ -18,6 +18,7 @@ from vlm.config.model import ModelConfig
 from vlm.errors import ModelError
 from vlm.families import family_for_config
 from vlm.loading.checkpoint import DESCRIPTION_FILE, MODEL_FOLDER, PROCESSOR_FOLDER, load_model, progress_where_seen
+from vlm.loading.device import resolve_quantization
 from vlm.loading.source import check_weights, fetch_from_hub, is_builtin, local_folder
 from vlm.processing import Processing
 from vlm.processing.files import read_json
@@ -68,6 +69,7 @@ def build_checkpoint(model: ModelConfig, output_dir: Path, *, device: str, dtype
         ResourceError: The device's memory does not hold the model.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
+    model = model.model_copy(update={"quantization": resolve_quantization(model.quantization, device)})
     if is_builtin(model):
         from vlm.builtin import make_builtin_checkpoint
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from vlm.config.model import Precision
+from vlm.config.model import Precision, Quantization
 from vlm.errors import ResourceError
 
 Device = Literal["cpu", "cuda"]
@@ -66,6 +66,33 @@ def resolve_precision(precision: Precision, device: str) -> str:
         return precision
     _, capability = _driver_devices()
     return "bfloat16" if capability >= _BFLOAT16_CAPABILITY else "float16"
+
+
+def resolve_quantization(quantization: Quantization, device: str) -> Quantization:
+    """Settles ``"auto"``: NF4 on a GPU, where memory is scarce; none on a CPU, where unpacking costs more than it saves.
+
+    Args:
+        quantization: The setting.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    if quantization != "auto":
+        return quantization
+    return "none" if device == "cpu" else "nf4"
+
+
+def resolve_model(model: ModelConfig, device: str) -> ModelConfig:
+    """Settles an ``"auto"`` quantisation: NF4 on a GPU, where memory is scarce, none on a CPU, where unpacking is slow.
+
+    Args:
+        model: The settings.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        The same settings without that ``"auto"``.
+    """
+    if model.quantization != "auto":
+        return model
+    return model.model_copy(update={"quantization": "nf4" if device == "cuda" else "none"})
 
 
 def _missing_for_cuda() -> str | None:

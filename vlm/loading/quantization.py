@@ -48,12 +48,13 @@ def quantization_config(settings: ModelConfig, skipped: list[str], dtype: torch.
     """The configuration for transformers; None without quantisation.
 
     Args:
-        settings: Of the model.
+        settings: Of the model, ``"auto"`` settled.
         skipped: Full names of the linear layers to leave alone.
         dtype: Of computation with 4-bit weights.
     """
     from transformers import BitsAndBytesConfig
 
+    assert settings.quantization != "auto"
     if settings.quantization == "none":
         return None
     if settings.quantization == "int8":

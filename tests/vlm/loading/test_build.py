@@ -61,7 +61,7 @@ def test_numbered_layers_are_not_mistaken_for_each_other(tmp_path: Path) -> None
     from vlm.loading.quantization import blueprint, quantization_config, unquantized_modules
 
     config = Qwen2VLConfig()
-    settings = ModelConfig(keep_unquantized=("vision",))
+    settings = ModelConfig(quantization="nf4", keep_unquantized=("vision",))
     family = FAMILIES["qwen2_vl"]
     config.text_config.num_hidden_layers, config.vision_config.depth = 2, 12
     model = blueprint(family, config)
@@ -150,9 +150,13 @@ def test_tied_embeddings(tmp_path: Path) -> None:
 
 
 def test_the_builtin_model(tmp_path: Path) -> None:
-    summary = build("builtin", tmp_path)
+    summary = build("builtin", tmp_path, quantization="nf4")
     assert (summary.family, summary.source, summary.quantization) == ("qwen2_5_vl", "builtin", "nf4")
     assert load_checkpoint(tmp_path, device="cpu").model.config.text_config.num_hidden_layers == 4
+
+
+def test_automatic_quantisation_is_settled_by_the_device(tmp_path: Path) -> None:
+    assert build("builtin", tmp_path, quantization="auto").quantization == "none"
 
 
 class TestCannotBeUsed:

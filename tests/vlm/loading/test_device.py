@@ -12,7 +12,7 @@ import pytest
 
 from vlm.errors import ResourceError
 from vlm.loading import device
-from vlm.loading.device import detect_device, resolve_precision
+from vlm.loading.device import detect_device, resolve_precision, resolve_quantization
 
 CACHED = (device._torch_cuda_version, device._driver_devices)
 
@@ -118,6 +118,12 @@ def test_a_cpu_computes_in_float32() -> None:
     assert resolve_precision("float32", "cpu") == "float32"
     with pytest.raises(ResourceError, match=r"model.precision 'bfloat16' cannot be used on a CPU.*'auto' or 'float32'"):
         resolve_precision("bfloat16", "cpu")
+
+
+def test_auto_quantisation_goes_by_the_device() -> None:
+    assert resolve_quantization("auto", "cpu") == "none"
+    assert resolve_quantization("auto", "cuda") == "nf4"
+    assert [resolve_quantization("int8", device) for device in ("cpu", "cuda")] == ["int8", "int8"]
 
 
 def test_torch_is_not_imported() -> None:
