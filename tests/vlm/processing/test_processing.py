@@ -202,3 +202,14 @@ def test_importing_it_imports_nothing_heavy() -> None:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         == "set()"
     )
+
+
+def test_a_copy_sent_to_another_process_encodes_the_same(pair: Pair) -> None:
+    """Dataset preparation sends it to worker processes."""
+    import pickle
+
+    copy = pickle.loads(pickle.dumps(pair.ours))  # noqa: S301 - made here
+    messages, images = tiny_conversation("say <|im_end|> twice")
+    sizes = [image.shape[:2] for image in images]
+    assert copy.encode(messages, sizes) == pair.ours.encode(messages, sizes)
+    assert torch.equal(copy.pixel_inputs(images)["pixel_values"], pair.ours.pixel_inputs(images)["pixel_values"])
