@@ -13,10 +13,11 @@ if __name__ == "__main__":
 
 from typing import Any
 
-from prefect import State, flow
+from prefect import State, flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
 
+from artifacts.errors import CorruptObjectError, NotFoundError
 from tasks.configure_lora import configure_lora
 from tasks.evaluate_and_save import Saved, evaluate_and_save
 from tasks.graph import Json, StepName
@@ -48,7 +49,7 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
     if session.config.tracking.enabled:
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None)
     try:
-        saved = run_steps(session)
+        saved = run_steps_mending(session)
         summary = summarise(session, *saved)
         if session.tracker is not None:
             refs = {f"{n}.{o}": ref for n, result in session.results.items() for o, ref in result.outputs.items()}
@@ -62,6 +63,21 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
         raise
     finally:
         session.close()
+
+
+def run_steps_mending(session: Session, num_attempts: int = 3) -> Saved:
+    """Runs the seven steps, and again when an artifact proved damaged while it was read.
+
+    The store has removed the damaged part by then, so the step that made it runs anew and all others are cached.
+    """
+    for attempt in range(1, num_attempts + 1):
+        try:
+            return run_steps(session)
+        except (CorruptObjectError, NotFoundError) as error:
+            if attempt == num_attempts:
+                raise
+            get_run_logger().warning("%s Making it again.", error)
+    raise AssertionError("unreachable")
 
 
 def run_steps(session: Session) -> Saved:

@@ -27,7 +27,7 @@ class Resolved:
     """A configuration with everything settled that depends on the machine.
 
     Attributes:
-        config: The configuration as given.
+        config: The configuration, without 'auto' for the quantisation.
         device: ``"cpu"`` or ``"cuda"``.
         precision: Data type of computation, such as ``"bfloat16"``.
     """
@@ -96,6 +96,8 @@ def _model_settings(run: Resolved) -> Json:
     settings = model.model_dump(mode="json", exclude={"name", "revision", "precision"})
     if model.quantization != "nf4":
         del settings["double_quantization"]
+    if model.quantization == "none":
+        del settings["keep_unquantized"]
     return settings | {"precision": run.precision}
 
 

@@ -49,11 +49,12 @@ def plan_run(session: Session) -> Iterator[Planned]:
         inputs = {name: known[source.unit, source.output] for name, source in unit.inputs.items()}
         document = session.document(unit, inputs)
         key = step_key(document)
-        record = session.store.lookup(unit.name, key)
+        found = session.store.check(unit.name, key)
+        record = found.record
         if unit.step in session.forced:
             yield Planned(unit.name, FORCED, ("--rerun-from",), key)
         elif record is None:
-            yield Planned(unit.name, MISS, _changes(session, unit, document), key)
+            yield Planned(unit.name, MISS, found.problems or _changes(session, unit, document), key)
         else:
             known |= {(unit.name, output): ref for output, ref in record.outputs.items()}
             yield Planned(unit.name, HIT, (), key)

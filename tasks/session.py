@@ -22,7 +22,7 @@ from artifacts.refs import ArtifactRef
 from artifacts.store import Store
 from tasks.graph import STEPS, Json, Resolved, StepName, Unit, units_for
 from vlm.config import ModelConfig, RunConfig
-from vlm.loading.device import detect_device, resolve_precision
+from vlm.loading.device import detect_device, resolve_precision, resolve_quantization
 from vlm.progress import bar
 
 Outputs = dict[str, ArtifactRef]
@@ -112,6 +112,8 @@ class Session:
         if rerun_from is not None:
             forced = frozenset(STEPS[STEPS.index(rerun_from) :])
         device = detect_device(config.runtime.device)
+        quantization = resolve_quantization(config.model.quantization, device)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": quantization})})
         resolved = Resolved(config, device, resolve_precision(config.model.precision, device))
         cache_dir = cache_directory()
         store = open_store(config.runtime.store, cache_dir)

@@ -28,9 +28,8 @@ def train(
     inputs = {"checkpoint": checkpoint, "adapter": adapter, "dataset": dataset, "plan": plan}
 
     def build(stage: Path, folders: Mapping[str, Path]) -> Json:
-        from vlm.training.train import train_adapter
-
         from tasks.tracking import training_callbacks
+        from vlm.training.train import train_adapter
 
         work_dir = session.work_dir(session.key("train", inputs))
         with training_callbacks(session, work_dir) as callbacks:

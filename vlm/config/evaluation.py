@@ -17,8 +17,12 @@ class GenerationConfig(Section):
 
     split: Literal["validation", "test"] = Field("test", description="Held-out rows to answer.")
     max_rows: int | None = Field(None, ge=1, description="Answers only the first rows of the split; None answers all.")
-    batch_size: int = Field(8, ge=1, le=1024, description="Conversations answered at once, sorted by length.")
-    max_new_tokens: int = Field(256, ge=1, description="Longest answer.")
+    batch_size: int = Field(16, ge=1, le=1024, description="Conversations answered at once, sorted by length.")
+    max_new_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Longest answer; None takes one and a half times the longest answer of the training rows.",
+    )
     evaluate_base_model: bool = Field(
         True, description="Answer with the untuned model as well, for comparison; cached apart."
     )

@@ -10,7 +10,7 @@ from vlm.config.base import Section
 
 BUILTIN_MODEL = "builtin"
 
-Quantization = Literal["nf4", "int8", "none"]
+Quantization = Literal["auto", "nf4", "int8", "none"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Part = Literal["vision", "projector", "language"]
 
@@ -27,7 +27,9 @@ class ModelConfig(Section):
         None, description="Branch, tag or commit of a Hub model; None takes the newest commit of its main branch."
     )
     quantization: Quantization = Field(
-        "nf4", description="How linear layers are stored: 4-bit NormalFloat, LLM.int8(), or none (the precision below)."
+        "auto",
+        description="How linear layers are stored: 4-bit NormalFloat (nf4), LLM.int8(), or none (the precision below)."
+        " 'auto' is nf4 on a GPU, where memory is scarce, and none on a CPU, where unpacking costs more than it saves.",
     )
     double_quantization: bool = Field(
         True, description="Quantise NF4's block scales as well; saves about 0.4 bit per weight."
