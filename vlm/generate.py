@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ def generate_predictions(
     lengths = rows.num_tokens
     # Longest first: what does not fit fails early, and batches of like length waste little.
     order = sorted(range(num_rows), key=lambda row: (-int(lengths[row]), row))
+    max_new_tokens = generation.max_new_tokens or longest_answer(dataset_dir)
     predictions: dict[int, Prediction] = {}
     bar = progress.bar("answering" if adapter_dir else "answering (base model)", num_rows)
     try:
@@ -71,7 +73,7 @@ def generate_predictions(
             for start in range(0, num_rows, generation.batch_size):
                 numbers = order[start : start + generation.batch_size]
                 batch = [rows[number] for number in numbers]
-                answers = answer_rows(model, loaded.processing, batch, generation.max_new_tokens)
+                answers = answer_rows(model, loaded.processing, batch, max_new_tokens)
                 for number, row, answer in zip(numbers, batch, answers, strict=True):
                     predictions[number] = _prediction(row, answer)
                 bar.update(len(batch))
@@ -88,6 +90,22 @@ def generate_predictions(
     output_dir.mkdir(parents=True, exist_ok=True)
     write_predictions(done, summary, output_dir)
     return summary
+
+
+def longest_answer(dataset_dir: Path) -> int:
+    """Bound on the length of an answer where none is set: half as much again as the longest of the training rows.
+
+    Without a bound of this kind, a model that has not learnt to end its turn (every untuned one, at first) spends
+    minutes on words that cannot be right. Rows that reach it are marked ``length``.
+
+    Args:
+        dataset_dir: Prepared dataset.
+
+    Returns:
+        A number of tokens; several answers of one conversation count together.
+    """
+    longest = PreparedDataset(dataset_dir, "train").num_supervised_tokens.max(initial=1)
+    return math.ceil(1.5 * int(longest))
 
 
 def answer_rows(model: Any, processing: Processing, rows: Sequence[PreparedRow], max_new_tokens: int) -> list[Answer]:
