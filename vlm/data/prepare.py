@@ -1,6 +1,6 @@
 """Prepares a dataset: streams rows, works on a bounded number of them at a time, and writes them in order.
 
-sources -> rows -> [map, decode, measure, resize: threads] -> split -> storage
+sources -> rows -> [map, decode, measure, resize: threads, later processes] -> split -> storage
 └── what is wrong with a row ──────────> ledger
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,12 +20,14 @@ from vlm import progress
 from vlm.config.data import DataConfig
 from vlm.data.images import pillow_limit_off
 from vlm.data.ledger import Ledger
+from vlm.data.locations import is_local
 from vlm.data.mapping import resolve_columns
 from vlm.data.rows import Outcome, Sample
 from vlm.data.sample import ConversationEncoder, Job, SampleMaker
 from vlm.data.sources import RowStream, open_streams
 from vlm.data.splits import SPLITS, LeakWatch, UniqueNames, split_of
 from vlm.data.storage import SplitWriter
+from vlm.data.workers import Workers
 from vlm.errors import DataError
 from vlm.summary import Summary
 
@@ -118,7 +120,12 @@ def prepare_dataset(
         jobs = _jobs(streams, data)
         totals = [stream.num_rows for stream in streams]
         total = None if None in totals else sum(filter(None, totals))
-        outcomes = _in_order(jobs, maker, os.cpu_count() or 1 if num_workers is None else num_workers)
+        count = os.cpu_count() or 1 if num_workers is None else num_workers
+        # Other processes cannot see a file system that lives in this one's memory; remote ones keep threads busy waiting.
+        may_start = all(
+            stream.folder is None or stream.folder.fs is None or is_local(stream.folder.fs) for stream in streams
+        )
+        outcomes = _in_order(jobs, maker, count, may_start=may_start)
         for job, outcome in progress.track(outcomes, "prepare", total):
             sink.take(job, outcome)
         summary = sink.summary(maker.limit_tokens)
@@ -143,27 +150,30 @@ def _jobs(streams: list[RowStream], data: DataConfig) -> Iterator[Job]:
                 break
 
 
-def _in_order(jobs: Iterator[Job], work: Callable[[Job], Outcome], num_workers: int) -> Iterator[tuple[Job, Outcome]]:
+def _in_order(
+    jobs: Iterator[Job], maker: SampleMaker, num_workers: int, *, may_start: bool
+) -> Iterator[tuple[Job, Outcome]]:
     """Outcomes in the order of the jobs; at most two chunks per worker, and two more, are in memory."""
     if num_workers == 0:
         for job in jobs:
-            yield job, work(job)
+            yield job, maker(job)
         return
-
-    def work_on(chunk: list[Job]) -> list[tuple[Job, Outcome]]:
-        return [(job, work(job)) for job in chunk]
-
-    window: deque[Future[list[tuple[Job, Outcome]]]] = deque()
+    workers = Workers(maker, num_workers, may_start=may_start)
+    window: deque[tuple[list[Job], Future[list[Outcome]]]] = deque()
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="prepare")
     try:
         for chunk in _chunks(jobs):
-            window.append(pool.submit(work_on, chunk))
+            window.append((chunk, pool.submit(workers, chunk)))
+            workers.start_if_worthwhile()
             if len(window) >= 2 * num_workers + 2:
-                yield from window.popleft().result()
+                done, future = window.popleft()
+                yield from zip(done, future.result(), strict=True)
         while window:
-            yield from window.popleft().result()
+            done, future = window.popleft()
+            yield from zip(done, future.result(), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
+        workers.close()
 
 
 def _chunks(jobs: Iterator[Job]) -> Iterator[list[Job]]:

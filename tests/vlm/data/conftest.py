@@ -100,7 +100,7 @@ def encode_image() -> Callable[..., bytes]:
     return encoded
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_rows() -> Callable[[int], list[dict[str, Any]]]:
     """Rows with embedded images of several sizes: three to a group."""
 
