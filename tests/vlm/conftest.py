@@ -12,9 +12,6 @@ import pytest
 if TYPE_CHECKING:
     from vlm.loading.checkpoint import LoadedModel
 
-# Made by torch itself when bitsandbytes is imported.
-JIT_WARNING = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-
 
 @dataclass(frozen=True)
 class TinyRun:
@@ -31,8 +28,12 @@ class TinyRun:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyRun]:
     """Gives the run of a family and quantisation. Tests must leave its model as they found it."""
+    import torch
+
     from tests.support.tiny_runs import load, make_checkpoint, mixed_rows, write_dataset
 
+    # On matrices this small, a second thread only waits for the first.
+    torch.set_num_threads(1)
     made: dict[tuple[str, str], TinyRun] = {}
 
     def get(model_type: str, quantization: str = "none") -> TinyRun:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,11 @@ def wrap(model: Any, config: PeftLoraConfig) -> PeftModel:
                     f"lora.modules_to_save has {name!r}, whose {inner} is stored in {parameter.dtype} and cannot be trained;"
                     " adapt it with lora.target_modules, or keep its part in 16 bit with model.keep_unquantized"
                 )
+    if config.use_dora and any(type(parameter).__name__ == "Int8Params" for parameter in _cpu_parameters(model)):
+        raise LoraError(
+            "lora.use_dora over model.quantization 'int8' does not run on a CPU: peft's dequantisation there drops the"
+            " weights' scales after the first pass; use 'nf4' or 'none', or a GPU"
+        )
     # peft shortens a long list of targets in place; the exact names are what goes on record.
     targets, base_name = config.target_modules, config.base_model_name_or_path
     config.base_model_name_or_path = None
@@ -62,6 +67,10 @@ def wrap(model: Any, config: PeftLoraConfig) -> PeftModel:
     # The folder that the base was loaded from would go on record otherwise.
     config.target_modules, config.base_model_name_or_path = targets, base_name
     return peft_model
+
+
+def _cpu_parameters(model: Any) -> Iterator[torch.nn.Parameter]:
+    return (parameter for parameter in model.parameters() if parameter.device.type == "cpu")
 
 
 def unwrap(peft_model: PeftModel) -> Any:

@@ -215,7 +215,8 @@ def _trainer(
         collate_validation=partial(_collate, collator, validation),
         identity=identity,
         pace=pace,
-        callbacks=[progress, StopAtStepBoundary(flag), *callbacks],
+        # The stop flag is looked at last, so that nothing else of the step is left out.
+        callbacks=[progress, *callbacks, StopAtStepBoundary(flag)],
     )
 
 

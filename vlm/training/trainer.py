@@ -85,6 +85,9 @@ class AdapterTrainer(SFTTrainer):
         )
         for parameter, data in trained:
             parameter.data = data
+        # Some models (Qwen2.5-VL) declare that they take no loss arguments, upon which the trainer would not count the
+        # step's tokens and give every micro-batch the same weight. The loss is TRL's here, not the model's.
+        self.model_accepts_loss_kwargs = True
         # Our own bar shows what these print.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -197,6 +200,8 @@ def checkpointed(model: Any, enabled: bool, is_frozen: Callable[[str], bool]) ->
     word = "activation" if renamed else "gradient"
     enable, disable = (getattr(model, f"{word}_checkpointing_{verb}") for verb in ("enable", "disable"))
     enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+    # With an adapter on the model, transformers adds that hook in the same call.
+    model.disable_input_require_grads()
     for name, module in model.named_modules():
         if getattr(module, "gradient_checkpointing", False) and is_frozen(name):
             module.gradient_checkpointing = False

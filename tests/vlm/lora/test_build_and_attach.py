@@ -175,3 +175,8 @@ def test_a_quantised_module_cannot_be_trained_whole(tiny_run: Callable, tmp_path
     lora = LoraConfig(target_modules=("q_proj",), modules_to_save=("layers.0.mlp.down_proj",))
     with pytest.raises(LoraError, match="keep_unquantized"):
         build_adapter(run.loaded, lora, tmp_path)
+
+
+def test_dora_over_int8_needs_a_gpu(tiny_run: Callable, tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match="use 'nf4' or 'none', or a GPU"):
+        build_adapter(tiny_run("qwen2_5_vl", "int8").loaded, LoraConfig(use_dora=True), tmp_path)
