@@ -112,6 +112,10 @@ class Session:
         if rerun_from is not None:
             forced = frozenset(STEPS[STEPS.index(rerun_from) :])
         device = detect_device(config.runtime.device)
+        if device == "cpu":
+            # Forward and backward passes run in two threads, each with its own OpenMP pool. Pools that spin while they
+            # wait take the cores from each other: eight times slower on two cores. Read when torch is loaded.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         quantization = resolve_quantization(config.model.quantization, device)
         config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": quantization})})
         resolved = Resolved(config, device, resolve_precision(config.model.precision, device))

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports these packages: no network, no telemetry, one thread per test process.
+# Before anything imports these packages: no network, no telemetry, no threads that spin while they wait.
 os.environ.update(
+    OMP_WAIT_POLICY="PASSIVE",
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     MLFLOW_DISABLE_TELEMETRY="true",
