@@ -27,7 +27,7 @@ class TrainingInterrupted(BaseException):
 
 
 class StopFlag:
-    """Catches SIGTERM for the length of a ``with`` block and remembers it, nothing more.
+    """Catches SIGTERM for the length of a ``with`` block and remembers it; a block that ends well all the same passes it on.
 
     Signals reach the main thread only; in any other thread the block changes nothing.
 
@@ -53,6 +53,9 @@ class StopFlag:
             # A handler that was not set from Python reads as None and cannot be put back.
             signal.signal(signal.SIGTERM, self._previous if self._previous is not None else signal.SIG_DFL)  # type: ignore[arg-type]
             self._installed = False
+        if self.signum is not None and kind is None:
+            # It came too late for the block to act on it; whoever handled it before shall do so now.
+            signal.raise_signal(self.signum)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum

@@ -5,26 +5,25 @@ Loads torch, transformers, trl and peft.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from vlm.config import TrainingConfig
 from vlm.errors import ConfigError
 from vlm.lora.attach import attach_adapter, detach_adapter
 from vlm.lora.peft_model import CONFIG_FILE, TARGETS_FILE, WEIGHTS_FILE, save_tensors
-from vlm.summary import Summary
 from vlm.training import checkpoints
 from vlm.training.interrupt import StopFlag, TrainingInterrupted
 from vlm.training.plan import BATCHES_FILE, PLAN_FILE, PlanSummary, read_plan
+from vlm.training.results import TrainingSummary, write_results
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,38 +31,6 @@ if TYPE_CHECKING:
     from vlm.data.prepared import PreparedDataset
     from vlm.loading.checkpoint import LoadedModel
     from vlm.training.collator import VisionDataCollator
-
-METRICS_FILE = "metrics.jsonl"
-SUMMARY_FILE = "training.json"
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-_OPTIMIZERS = {
-    ("adamw", "cpu"): "adamw_torch",
-    ("adamw", "cuda"): "adamw_torch_fused",
-    ("adamw_8bit", "cuda"): "adamw_8bit",
-}
-_GPU_WORKERS = 4
-
-
-@dataclass(frozen=True)
-class TrainingSummary(Summary):
-    """The content of ``training.json``."""
-
-    num_steps: int
-    """Optimiser steps of the whole training."""
-    resumed_from_step: int | None
-    """The step after which this run took over from a checkpoint; None for a training in one piece."""
-    final_loss: float | None
-    """The last logged training loss."""
-    validation_loss: float | None
-    """Loss per supervised token on the validation split, at the end; None without validation rows."""
-    wall_seconds: float
-    """Of this run, validation and checkpoints included."""
-    tokens_per_second: float | None
-    """Median over the logged stretches of this run."""
-    samples_per_second: float | None
-    """Median over the logged stretches of this run."""
-    peak_memory_bytes: int | None
-    """Most GPU memory that PyTorch held at once; None on a CPU."""
 
 
 def train_adapter(
@@ -115,6 +82,8 @@ def train_adapter(
             "training": training.model_dump_json(exclude={"checkpoint_every_steps", "log_every_steps"}),
         }
     )
+    if loaded.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     resume = checkpoints.newest_complete(work_dir, identity)
     checkpoints.remove_others(work_dir, keep=resume[1] if resume else None)
     with ExitStack() as stack:
@@ -151,7 +120,7 @@ def train_adapter(
         save_tensors(peft_model, output_dir / "adapter" / WEIGHTS_FILE)
         for name in (CONFIG_FILE, TARGETS_FILE):
             shutil.copyfile(adapter_dir / name, output_dir / "adapter" / name)
-        return _write_metrics(
+        return write_results(
             trainer.state.log_history,
             output_dir / "training",
             num_steps=plan.num_steps,
@@ -180,6 +149,7 @@ def _trainer(
     import datasets
 
     from vlm.data.prepared import PreparedDataset
+    from vlm.training.arguments import training_arguments
     from vlm.training.callbacks import Pace, ProgressBar, StopAtStepBoundary
     from vlm.training.collator import VisionDataCollator
     from vlm.training.trainer import AdapterTrainer, checkpointed, forward_restored
@@ -207,7 +177,7 @@ def _trainer(
     stack.callback(peft_model.eval)
     return AdapterTrainer(
         peft_model,
-        _arguments(training, plan, work_dir, report_to),
+        training_arguments(training, plan, work_dir, report_to),
         batches=batches,
         collate=partial(_collate, collator, rows),
         tokenizer=loaded.processing.tokenizer,
@@ -218,58 +188,6 @@ def _trainer(
         # The stop flag is looked at last, so that nothing else of the step is left out.
         callbacks=[progress, *callbacks, StopAtStepBoundary(flag)],
     )
-
-
-def _arguments(training: TrainingConfig, plan: PlanSummary, work_dir: Path, report_to: Sequence[str]) -> Any:
-    from trl import SFTConfig
-
-    on_gpu = plan.device == "cuda"
-    if (plan.optimizer, plan.device) not in _OPTIMIZERS:
-        raise ConfigError(
-            f"training.optimizer {plan.optimizer!r} needs a GPU; use 'adamw' or 'auto' on a {plan.device}"
-        )
-    evaluates = training.evaluate_every_steps is not None and plan.num_validation_rows > 0
-    name = "activation_checkpointing" if hasattr(SFTConfig, "activation_checkpointing") else "gradient_checkpointing"
-    settings: dict[str, Any] = dict(
-        output_dir=str(work_dir),
-        max_steps=plan.num_steps,
-        num_train_epochs=1,
-        # One item is one planned micro-batch.
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=_SCHEDULES[training.schedule],
-        warmup_steps=round(training.warmup_fraction * plan.num_steps),
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        optim=_OPTIMIZERS[plan.optimizer, plan.device],
-        # Switched on by us, see `checkpointed`. transformers renamed the setting after 5.17.
-        **{name: False},
-        bf16=on_gpu and plan.dtype == "bfloat16",
-        fp16=on_gpu and plan.dtype == "float16",
-        use_cpu=not on_gpu,
-        seed=training.seed,
-        logging_steps=training.log_every_steps,
-        logging_first_step=True,
-        # A loss that is no number is an error here, not something to smooth over.
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=training.checkpoint_every_steps,
-        # Old checkpoints go only after the new one is complete, see `_save_checkpoint`.
-        save_total_limit=None,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=training.evaluate_every_steps if evaluates else None,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        packing=False,
-        padding_free=False,
-        dataloader_num_workers=_GPU_WORKERS if on_gpu else 0,
-        dataloader_pin_memory=on_gpu,
-        report_to=list(report_to) or "none",
-        disable_tqdm=True,
-    )
-    return SFTConfig(**settings)
 
 
 def _collate(collator: VisionDataCollator, rows: PreparedDataset, numbers: Sequence[int]) -> dict[str, Any]:
@@ -300,49 +218,6 @@ def _work_of_steps(batches: Any, lengths: np.ndarray, num_steps: int) -> tuple[n
 
 def _validated(history: Sequence[dict[str, Any]], step: int) -> bool:
     return any("eval_loss" in entry and entry["step"] == step for entry in history)
-
-
-def _write_metrics(
-    history: Sequence[dict[str, Any]],
-    output_dir: Path,
-    *,
-    num_steps: int,
-    resumed_from_step: int | None,
-    wall_seconds: float,
-    device: str,
-) -> TrainingSummary:
-    from vlm.training.trainer import history_lines
-
-    lines = history_lines(history)
-    with (output_dir / METRICS_FILE).open("w", encoding="utf-8", newline="\n") as handle:
-        for line in lines:
-            handle.write(json.dumps(line, sort_keys=True) + "\n")
-
-    def last(name: str) -> float | None:
-        return next((line[name] for line in reversed(lines) if name in line), None)
-
-    def median(name: str) -> float | None:
-        values = [line[name] for line in lines if name in line and line["step"] > (resumed_from_step or 0)]
-        return round(float(np.median(values)), 3) if values else None
-
-    peak = None
-    if device == "cuda":
-        import torch
-
-        peak = int(torch.cuda.max_memory_allocated())
-    summary = TrainingSummary(
-        num_steps=num_steps,
-        resumed_from_step=resumed_from_step,
-        final_loss=last("loss"),
-        validation_loss=last("eval_loss"),
-        wall_seconds=round(wall_seconds, 3),
-        tokens_per_second=median("tokens_per_second"),
-        samples_per_second=median("samples_per_second"),
-        peak_memory_bytes=peak,
-    )
-    text = json.dumps(summary.to_json(), indent=2, sort_keys=True) + "\n"
-    (output_dir / SUMMARY_FILE).write_text(text, encoding="utf-8", newline="\n")
-    return summary
 
 
 @contextmanager

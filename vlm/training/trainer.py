@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -209,28 +209,3 @@ def checkpointed(model: Any, enabled: bool, is_frozen: Callable[[str], bool]) ->
         yield
     finally:
         disable()
-
-
-def history_lines(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The trainer's log as the lines of ``metrics.jsonl``.
-
-    Args:
-        history: `state.log_history`.
-
-    Returns:
-        Entries with `step` and `loss` (with learning rate, gradient norm and pace) or `eval_loss`.
-    """
-    kept = (
-        "loss",
-        "eval_loss",
-        "learning_rate",
-        "grad_norm",
-        "mean_token_accuracy",
-        "tokens_per_second",
-        "samples_per_second",
-    )
-    return [
-        {"step": entry["step"], **{name: entry[name] for name in kept if name in entry}}
-        for entry in history
-        if "loss" in entry or "eval_loss" in entry
-    ]

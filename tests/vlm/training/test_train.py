@@ -330,7 +330,12 @@ def test_a_quantised_base_trains_the_adapter_in_float32(tiny_run: Callable, tmp_
             seen.update(parameter.dtype for parameter in adapter_parameters(model).values())
 
     training = Training(
-        run, tmp_path, LoraConfig(rank=4, use_dora=quantization == "nf4"), max_steps=3, batch_size=4, gradient_accumulation=1
+        run,
+        tmp_path,
+        LoraConfig(rank=4, use_dora=quantization == "nf4"),
+        max_steps=3,
+        batch_size=4,
+        gradient_accumulation=1,
     )
     training.start([Types()])
     assert seen == {torch.float32}

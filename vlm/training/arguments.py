@@ -1,0 +1,84 @@
+"""The settings of a training as TRL's ``SFTConfig``. Loads trl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trl import SFTConfig
+
+from vlm.config import TrainingConfig
+from vlm.errors import ConfigError
+from vlm.training.plan import PlanSummary
+
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+_OPTIMIZERS = {
+    ("adamw", "cpu"): "adamw_torch",
+    ("adamw", "cuda"): "adamw_torch_fused",
+    ("adamw_8bit", "cuda"): "adamw_8bit",
+}
+_GPU_WORKERS = 4
+
+
+def training_arguments(
+    training: TrainingConfig, plan: PlanSummary, work_dir: Path, report_to: Sequence[str]
+) -> SFTConfig:
+    """Translates the settings.
+
+    Args:
+        training: Settings.
+        plan: Number of steps, device, precision and optimiser.
+        work_dir: Receives checkpoints.
+        report_to: Names of transformers' own integrations.
+
+    Raises:
+        ConfigError: The optimiser does not run on the device.
+    """
+    on_gpu = plan.device == "cuda"
+    if (plan.optimizer, plan.device) not in _OPTIMIZERS:
+        raise ConfigError(
+            f"training.optimizer {plan.optimizer!r} needs a GPU; use 'adamw' or 'auto' on a {plan.device}"
+        )
+    evaluates = training.evaluate_every_steps is not None and plan.num_validation_rows > 0
+    name = "activation_checkpointing" if hasattr(SFTConfig, "activation_checkpointing") else "gradient_checkpointing"
+    settings: dict[str, Any] = dict(
+        output_dir=str(work_dir),
+        max_steps=plan.num_steps,
+        num_train_epochs=1,
+        # One item is one planned micro-batch.
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=_SCHEDULES[training.schedule],
+        warmup_steps=round(training.warmup_fraction * plan.num_steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=_OPTIMIZERS[plan.optimizer, plan.device],
+        # Switched on by us, see `checkpointed`. transformers renamed the setting after 5.17.
+        **{name: False},
+        bf16=on_gpu and plan.dtype == "bfloat16",
+        fp16=on_gpu and plan.dtype == "float16",
+        use_cpu=not on_gpu,
+        seed=training.seed,
+        logging_steps=training.log_every_steps,
+        logging_first_step=True,
+        # A loss that is no number is an error here, not something to smooth over.
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=training.checkpoint_every_steps,
+        # Old checkpoints go only after the new one is complete, see `_save_checkpoint`.
+        save_total_limit=None,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=training.evaluate_every_steps if evaluates else None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,
+        padding_free=False,
+        dataloader_num_workers=_GPU_WORKERS if on_gpu else 0,
+        dataloader_pin_memory=on_gpu,
+        report_to=list(report_to) or "none",
+        disable_tqdm=True,
+    )
+    return SFTConfig(**settings)

@@ -1,0 +1,114 @@
+"""What a training leaves behind beside the adapter: its curve and its figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm.summary import Summary
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "training.json"
+
+
+@dataclass(frozen=True)
+class TrainingSummary(Summary):
+    """The content of ``training.json``."""
+
+    num_steps: int
+    """Optimiser steps of the whole training."""
+    resumed_from_step: int | None
+    """The step after which this run took over from a checkpoint; None for a training in one piece."""
+    final_loss: float | None
+    """The last logged training loss."""
+    validation_loss: float | None
+    """Loss per supervised token on the validation split, at the end; None without validation rows."""
+    wall_seconds: float
+    """Of this run, validation and checkpoints included."""
+    tokens_per_second: float | None
+    """Median over the logged stretches of this run."""
+    samples_per_second: float | None
+    """Median over the logged stretches of this run."""
+    peak_memory_bytes: int | None
+    """Most GPU memory that PyTorch held at once; None on a CPU."""
+
+
+def write_results(
+    history: Sequence[dict[str, Any]],
+    output_dir: Path,
+    *,
+    num_steps: int,
+    resumed_from_step: int | None,
+    wall_seconds: float,
+    device: str,
+) -> TrainingSummary:
+    """Writes ``metrics.jsonl`` and ``training.json``.
+
+    Args:
+        history: The trainer's `state.log_history`.
+        output_dir: An existing folder.
+        num_steps: Of the whole training.
+        resumed_from_step: Where this run took over, or None.
+        wall_seconds: Of this run.
+        device: ``cpu`` or ``cuda``.
+    """
+    lines = history_lines(history)
+    with (output_dir / METRICS_FILE).open("w", encoding="utf-8", newline="\n") as handle:
+        for line in lines:
+            handle.write(json.dumps(line, sort_keys=True) + "\n")
+
+    def last(name: str) -> float | None:
+        return next((line[name] for line in reversed(lines) if name in line), None)
+
+    def median(name: str) -> float | None:
+        values = [line[name] for line in lines if name in line and line["step"] > (resumed_from_step or 0)]
+        return round(float(np.median(values)), 3) if values else None
+
+    peak = None
+    if device == "cuda":
+        import torch
+
+        peak = int(torch.cuda.max_memory_allocated())
+    summary = TrainingSummary(
+        num_steps=num_steps,
+        resumed_from_step=resumed_from_step,
+        final_loss=last("loss"),
+        validation_loss=last("eval_loss"),
+        wall_seconds=round(wall_seconds, 3),
+        tokens_per_second=median("tokens_per_second"),
+        samples_per_second=median("samples_per_second"),
+        peak_memory_bytes=peak,
+    )
+    text = json.dumps(summary.to_json(), indent=2, sort_keys=True) + "\n"
+    (output_dir / SUMMARY_FILE).write_text(text, encoding="utf-8", newline="\n")
+    return summary
+
+
+def history_lines(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The trainer's log as the lines of ``metrics.jsonl``.
+
+    Args:
+        history: `state.log_history`.
+
+    Returns:
+        Entries with `step` and `loss` (with learning rate, gradient norm and pace) or `eval_loss`.
+    """
+    kept = (
+        "loss",
+        "eval_loss",
+        "learning_rate",
+        "grad_norm",
+        "mean_token_accuracy",
+        "tokens_per_second",
+        "samples_per_second",
+    )
+    return [
+        {"step": entry["step"], **{name: entry[name] for name in kept if name in entry}}
+        for entry in history
+        if "loss" in entry or "eval_loss" in entry
+    ]
