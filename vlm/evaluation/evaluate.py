@@ -70,7 +70,11 @@ def evaluate_predictions(
     base_rows = None if base_dir is None else read_predictions(base_dir)[1]
     if base_rows is not None:
         _check_same_rows(tuned_rows, base_rows)
-    cluster_of_row = clusters([row.id for row in tuned_rows], [row.group for row in tuned_rows])
+    cluster_of_row = clusters([row.group for row in tuned_rows])
+    unit = "groups"
+    if cluster_of_row.max() == 0:
+        # Nothing can be said about the spread between groups from one; between its rows is the best there is.
+        cluster_of_row, unit = clusters([None] * len(tuned_rows)), "rows"
 
     metrics: dict[str, Any] = {}
     row_values: list[dict[str, dict[str, float]]] = [{"tuned": {}, "base": {}} for _ in tuned_rows]
@@ -102,7 +106,7 @@ def evaluate_predictions(
         "num_rows": len(tuned_rows),
         "num_clusters": int(cluster_of_row.max()) + 1,
         "interval": {
-            "method": "percentile bootstrap over groups",
+            "method": f"percentile bootstrap over {unit}",
             "confidence": CONFIDENCE,
             "draws": NUM_DRAWS,
             "seed": SEED,

@@ -29,11 +29,10 @@ class Interval:
     """Upper end."""
 
 
-def clusters(ids: Sequence[str], groups: Sequence[str | None]) -> npt.NDArray[np.int64]:
+def clusters(groups: Sequence[str | None]) -> npt.NDArray[np.int64]:
     """Numbers the clusters of rows.
 
     Args:
-        ids: One name per row.
         groups: One group per row; None makes the row a cluster of its own.
 
     Returns:
@@ -43,7 +42,6 @@ def clusters(ids: Sequence[str], groups: Sequence[str | None]) -> npt.NDArray[np
     keys: list[tuple[str, str | int]] = [
         ("group", group) if group is not None else ("row", position) for position, group in enumerate(groups)
     ]
-    assert len(ids) == len(groups), "one group entry per row"
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 

@@ -72,7 +72,7 @@ def test_a_cut_predictions_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_groups_are_one_cluster_and_rows_without_a_group_their_own() -> None:
-    assert clusters(list("abcd"), ["g", None, "g", None]).tolist() == [0, 1, 0, 2]
+    assert clusters(["g", None, "g", None]).tolist() == [0, 1, 0, 2]
 
 
 def test_one_cluster_has_no_spread_and_many_have() -> None:
@@ -96,3 +96,11 @@ def test_the_difference_is_paired(tmp_path: Path) -> None:
     assert entry["difference"]["low"] == pytest.approx(-0.1)
     assert entry["difference"]["high"] == pytest.approx(-0.1)
     assert entry["tuned"]["high"] - entry["tuned"]["low"] > 0.05
+
+
+def test_a_single_group_is_resampled_by_rows(tmp_path: Path) -> None:
+    pairs = [("abcd", "abcd"), ("abcd", "xyzw")] * 5
+    evaluate_predictions(write(tmp_path / "tuned", pairs, groups=["g"] * 10), None, EvaluationConfig(), tmp_path)
+    document = json.loads((tmp_path / "metrics.json").read_text())
+    assert document["interval"]["method"] == "percentile bootstrap over rows"
+    assert document["metrics"]["cer"]["tuned"]["low"] < 0.5 < document["metrics"]["cer"]["tuned"]["high"]
