@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -97,7 +98,7 @@ def parse(arguments: list[str]) -> tuple[RunConfig, argparse.Namespace]:
     options = parser.parse_args(arguments)
     from_file = read_yaml(Path(options.config)) if options.config else {}
     try:
-        settings = Arguments(_cli_settings_source=source, **from_file)  # type: ignore[call-arg]
+        settings = Arguments(_cli_settings_source=source, **from_file)
         return RunConfig.model_validate(settings.model_dump()), options
     except ValidationError as error:
         raise ConfigError(describe(error)) from error
@@ -162,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         config, options = parse(arguments)
         if options.plan:
             return show_plan(config, options.rerun_from)
-    except ValueError as error:
+    except Exception as error:
         return complain(error, status=2)
     return run(config, options.rerun_from)
 
@@ -179,13 +180,17 @@ def show_plan(config: RunConfig, rerun_from: StepName | None) -> int:
 
 def run(config: RunConfig, rerun_from: StepName | None) -> int:
     """Runs the flow and prints its last lines."""
+    quieten()
+    from prefect.exceptions import TerminationSignal
+
     try:
         summary = run_flow(config, rerun_from)
-    except ValueError as error:
-        return complain(error, status=1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TerminationSignal) as error:
+        signum = getattr(error, "signal", signal.SIGINT)
         sys.stderr.write("interrupted; the same command goes on from the last finished step or training checkpoint\n")
-        return 130
+        return 128 + int(signum)
+    except Exception as error:
+        return complain(error, status=1)
     from tasks.summary import format_summary
 
     sys.stdout.write(format_summary(summary) + "\n")
@@ -202,16 +207,21 @@ def run_flow(config: RunConfig, rerun_from: StepName | None) -> dict[str, Any]:
     Returns:
         The summary of the run.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    # Notes of these packages to their own callers; nothing that a user could act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    quieten()
     from flows.vision_finetune import vision_finetune
 
     return vision_finetune(config, rerun_from)
 
 
-def complain(error: ValueError, *, status: int) -> int:
+def quieten() -> None:
+    """Keeps everything but our own lines off the screen. Before Prefect and MLflow are imported."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    # Notes of these packages to their own callers; nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
+def complain(error: Exception, *, status: int) -> int:
     """Prints an error that the user can mend, without a traceback; others pass through."""
     from artifacts.errors import StoreError
     from vlm.errors import VlmError

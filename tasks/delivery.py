@@ -9,7 +9,7 @@ import fsspec
 from artifacts.refs import ArtifactRef
 from tasks.session import Session
 from vlm.errors import ExportError
-from vlm.progress import bar
+from vlm.progress import counting_bytes
 
 MARKER = "artifact.json"
 
@@ -35,16 +35,13 @@ def deliver(session: Session, ref: ArtifactRef, address: str) -> None:
                 return
             filesystem.rm_file(marker)
         folder = session.local(ref)
-        progress = bar("copying export", ref.size_bytes, "B")
-        try:
+        with counting_bytes("copying export", ref.size_bytes) as advance:
             for path in sorted(folder.rglob("*")):
                 if path.is_file():
                     target = f"{root}/{path.relative_to(folder).as_posix()}"
                     filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
                     filesystem.put_file(str(path), target)
-                    progress.update(path.stat().st_size)
-        finally:
-            progress.close()
+                    advance(path.stat().st_size)
         filesystem.pipe_file(marker, json.dumps({"digest": ref.digest, "kind": ref.kind}).encode())
     except (OSError, ImportError) as error:
         raise ExportError(

@@ -14,6 +14,7 @@ from tasks.inference_mode import Predicted
 from tasks.session import Session, package_versions
 from tasks.step import finish, step
 from tasks.train import Trained
+from vlm.config.evaluation import ExportType
 
 
 class Saved(NamedTuple):
@@ -21,7 +22,7 @@ class Saved(NamedTuple):
 
     metrics: ArtifactRef
     report: ArtifactRef
-    exports: dict[str, ArtifactRef]
+    exports: dict[ExportType, ArtifactRef]
 
 
 @step
@@ -88,7 +89,7 @@ def _report(
     return session.run("evaluate_and_save.report", refs, build).outputs["report"]
 
 
-def _export(session: Session, kind: str, checkpoint: ArtifactRef, adapter: ArtifactRef) -> ArtifactRef:
+def _export(session: Session, kind: ExportType, checkpoint: ArtifactRef, adapter: ArtifactRef) -> ArtifactRef:
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         from vlm.export import export
 

@@ -75,11 +75,12 @@ def format_plan(planned: list[Planned]) -> str:
 
 def _changes(session: Session, unit: Unit, document: dict[str, object]) -> tuple[str, ...]:
     """The differences to the most similar earlier build: what the user changed, not what some other run had."""
-    differences = [diff_documents(record.document, document) for record in session.store.records(unit.name)]
+    differences: list[list[str]] = [
+        diff_documents(record.document, document) for record in session.store.records(unit.name)
+    ]
     if not differences:
         return ("never built in this store",)
-    closest = min(differences, key=len)
-    return tuple(closest) or ("its artifact was missing or damaged",)
+    return tuple(min(differences, key=len)) or ("its record is gone",)
 
 
 def _own_changes(session: Session, unit: Unit) -> tuple[str, ...]:
@@ -88,5 +89,5 @@ def _own_changes(session: Session, unit: Unit) -> tuple[str, ...]:
     earlier = [record.document["config"] for record in session.store.records(unit.name)]
     if not earlier:
         return ()
-    differences = [diff_documents({"config": old}, {"config": settings}) for old in earlier]
+    differences: list[list[str]] = [diff_documents({"config": old}, {"config": settings}) for old in earlier]
     return tuple(min(differences, key=len))

@@ -23,7 +23,7 @@ from artifacts.store import Store
 from tasks.graph import STEPS, Json, Resolved, StepName, Unit, units_for
 from vlm.config import ModelConfig, RunConfig
 from vlm.loading.device import detect_device, resolve_precision, resolve_quantization
-from vlm.progress import bar
+from vlm.progress import counting_bytes
 
 Outputs = dict[str, ArtifactRef]
 Build = Callable[[Path, Mapping[str, Path]], Json]
@@ -183,11 +183,8 @@ class Session:
 
     def local(self, ref: ArtifactRef) -> Path:
         """A verified, read-only folder with the artifact's files."""
-        progress = bar("reading artifact", ref.size_bytes, "B")
-        try:
-            return self.store.materialize(ref, on_bytes=progress.update)
-        finally:
-            progress.close()
+        with counting_bytes("reading artifact", ref.size_bytes) as advance:
+            return self.store.materialize(ref, on_bytes=advance)
 
     def work_dir(self, key: str) -> Path:
         """A folder on this machine for what an interrupted run of a unit picks up again."""
@@ -253,8 +250,7 @@ class Session:
                 (stage / output).mkdir()
             info = build(stage, folders)
             size_bytes = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
-            progress = bar("publishing", size_bytes, "B")
-            try:
+            with counting_bytes("publishing", size_bytes) as advance:
                 outputs = {
                     output: self.store.publish(
                         stage / output,
@@ -262,12 +258,10 @@ class Session:
                         metadata={},
                         provenance=provenance,
                         consume=True,
-                        on_bytes=progress.update,
+                        on_bytes=advance,
                     )
                     for output in unit.outputs
                 }
-            finally:
-                progress.close()
         wall_seconds = time.monotonic() - started
         self.store.record(unit.name, key, document, outputs, {"wall_seconds": round(wall_seconds, 3), **info})
         return UnitResult(unit.name, key, outputs, cached=False, wall_seconds=wall_seconds, info=info)
@@ -280,20 +274,17 @@ class Session:
         return self._sources[which]
 
     def _read_sources(self, which: str) -> dict[str, str]:
-        progress = bar(f"hashing {which}", None, "B")
-        try:
+        with counting_bytes(f"hashing {which}") as advance:
             if which == "model":
                 from vlm.loading.identity import model_digest
 
-                return {"model": model_digest(self.model, cache_dir=self.cache_dir, on_bytes=progress.update)}
+                return {"model": model_digest(self.model, cache_dir=self.cache_dir, on_bytes=advance)}
             from vlm.data.fingerprint import source_digest
 
             return {
-                f"data.sources[{number}]": source_digest(source, cache_dir=self.cache_dir, on_bytes=progress.update)
+                f"data.sources[{number}]": source_digest(source, cache_dir=self.cache_dir, on_bytes=advance)
                 for number, source in enumerate(self.config.data.sources)
             }
-        finally:
-            progress.close()
 
 
 def package_versions() -> dict[str, str]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from artifacts.refs import ArtifactRef
 from tasks.graph import STEPS, Json
 from tasks.session import Session
+from vlm.config.evaluation import ExportType
 
 
-def summarise(session: Session, metrics: ArtifactRef, report: ArtifactRef, exports: dict[str, ArtifactRef]) -> Json:
+def summarise(
+    session: Session, metrics: ArtifactRef, report: ArtifactRef, exports: Mapping[ExportType, ArtifactRef]
+) -> Json:
     """Everything that the last lines say, as plain values.
 
     Args:
@@ -66,11 +70,10 @@ def metric_figures(summary: Json) -> dict[str, float]:
     return figures
 
 
-def _locations(session: Session, report: ArtifactRef, exports: dict[str, ArtifactRef]) -> dict[str, str]:
+def _locations(session: Session, report: ArtifactRef, exports: Mapping[ExportType, ArtifactRef]) -> dict[str, str]:
     adapter = session.results["train"].outputs["adapter"]
-    wanted = {"adapter": adapter, "report": report} | {name: ref for name, ref in exports.items() if name != "lora"}
-    if "lora" in exports:
-        wanted["adapter"] = exports["lora"]
+    wanted: dict[str, ArtifactRef] = {"adapter": exports.get("lora", adapter), "report": report}
+    wanted |= {name: ref for name, ref in exports.items() if name != "lora"}
     root = session.local_root
     where = {}
     for name, ref in wanted.items():

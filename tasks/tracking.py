@@ -6,6 +6,7 @@ MLflow takes seconds to import, so a run with nothing to do never touches it.
 from __future__ import annotations
 
 import fcntl
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,7 +92,7 @@ class Tracker:
         mlflow.set_tags({f"artifact.{name}": ref.digest for name, ref in digests.items()})
         mlflow.log_metrics(metrics)
         if dataset := digests.get("prepare_dataset.dataset"):
-            _log_dataset(dataset)
+            _log_dataset(self.run_id, dataset, self.session.config.runtime.store)
         mlflow.end_run()
 
     def fail(self, killed: bool) -> None:
@@ -140,37 +141,15 @@ def _first_use(uri: str) -> Iterator[None]:
         yield
 
 
-def _log_dataset(ref: ArtifactRef) -> None:
+def _log_dataset(run_id: str, ref: ArtifactRef, store: str) -> None:
+    """Notes the prepared dataset as the run's input; MLflow keeps 36 characters of a digest, so the source has all."""
     import mlflow
-    from mlflow.data.dataset_source import DatasetSource
-    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    class StoreSource(DatasetSource):
-        """Points at an artifact of the store."""
-
-        @staticmethod
-        def _get_source_type() -> str:
-            return "artifact"
-
-        def load(self) -> Any:
-            raise NotImplementedError("the artifact store materialises datasets")
-
-        @staticmethod
-        def _can_resolve(raw_source: Any) -> bool:
-            return False
-
-        @classmethod
-        def _resolve(cls, raw_source: Any) -> StoreSource:
-            return cls()
-
-        def to_dict(self) -> dict[str, str]:
-            return {"digest": ref.digest}
-
-        @classmethod
-        def from_dict(cls, source_dict: dict[Any, Any]) -> StoreSource:
-            return cls()
-
-    mlflow.log_input(MetaDataset(StoreSource(), name="dataset", digest=ref.digest[:36]), context="training")
+    source = json.dumps({"store": store, "artifact": ref.digest})
+    dataset = Dataset(name="dataset", digest=ref.digest[:36], source_type="artifact", source=source)
+    used = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+    mlflow.MlflowClient().log_inputs(run_id, datasets=[used])
 
 
 def _metric_callback() -> Any:

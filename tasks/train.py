@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -29,20 +30,27 @@ def train(
 
     def build(stage: Path, folders: Mapping[str, Path]) -> Json:
         from tasks.tracking import training_callbacks
+        from vlm.training.interrupt import TrainingInterrupted
         from vlm.training.train import train_adapter
 
         work_dir = session.work_dir(session.key("train", inputs))
-        with training_callbacks(session, work_dir) as callbacks:
-            return train_adapter(
-                held_model(session, checkpoint),
-                folders["adapter"],
-                folders["dataset"],
-                folders["plan"],
-                session.config.training,
-                stage,
-                work_dir=work_dir,
-                callbacks=callbacks,
-            ).to_json()
+        try:
+            with training_callbacks(session, work_dir) as callbacks:
+                return train_adapter(
+                    held_model(session, checkpoint),
+                    folders["adapter"],
+                    folders["dataset"],
+                    folders["plan"],
+                    session.config.training,
+                    stage,
+                    work_dir=work_dir,
+                    callbacks=callbacks,
+                ).to_json()
+        except TrainingInterrupted as interrupted:
+            # The training stands in a checkpoint; now whoever handles the signal for this process shall act on it:
+            # under a worker Prefect does, and marks the run as cancelled.
+            signal.raise_signal(interrupted.signum)
+            raise
 
     result = session.run("train", inputs, build)
     return finish(session, "train", Trained(result.outputs["adapter"], result.outputs["training"]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -11,7 +12,7 @@ T = TypeVar("T")
 class Bar(Protocol):
     """What the core needs of a progress bar."""
 
-    def update(self, n: float = 1) -> bool | None:
+    def update(self, n: float = 1) -> object:
         """Advances by ``n`` units."""
 
     def close(self) -> None:
@@ -37,6 +38,25 @@ def bar(description: str, total: float | None, unit: str = "row") -> Bar:
         leave=False,
         disable=None,
     )
+
+
+@contextmanager
+def counting_bytes(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Shows a bar for the length of a block; yields the function that advances it by a number of bytes.
+
+    Args:
+        description: What is being done, in a word or two.
+        total: Number of bytes, or None when unknown.
+    """
+    progress = bar(description, total, "B")
+
+    def advance(size_bytes: int) -> None:
+        progress.update(size_bytes)
+
+    try:
+        yield advance
+    finally:
+        progress.close()
 
 
 def track(items: Iterable[T], description: str, total: float | None = None, unit: str = "row") -> Iterator[T]:

@@ -80,21 +80,6 @@ def resolve_quantization(quantization: Quantization, device: str) -> Quantizatio
     return "none" if device == "cpu" else "nf4"
 
 
-def resolve_model(model: ModelConfig, device: str) -> ModelConfig:
-    """Settles an ``"auto"`` quantisation: NF4 on a GPU, where memory is scarce, none on a CPU, where unpacking is slow.
-
-    Args:
-        model: The settings.
-        device: ``"cpu"`` or ``"cuda"``.
-
-    Returns:
-        The same settings without that ``"auto"``.
-    """
-    if model.quantization != "auto":
-        return model
-    return model.model_copy(update={"quantization": "nf4" if device == "cuda" else "none"})
-
-
 def _missing_for_cuda() -> str | None:
     """What stands against CUDA, with its remedy; None if nothing does."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm.config import TrainingConfig
-from vlm.errors import DataError, ResourceError
+from vlm.errors import ConfigError, DataError, ResourceError
 from vlm.summary import Summary
 from vlm.training.memory import MemoryEstimate, estimate_memory
 
@@ -233,7 +233,12 @@ def resolve_optimizer(training: TrainingConfig, device: str) -> str:
     Args:
         training: Settings.
         device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: 8-bit AdamW on a CPU, for which it has no kernels.
     """
+    if training.optimizer == "adamw_8bit" and device == "cpu":
+        raise ConfigError("training.optimizer 'adamw_8bit' needs a GPU; set it to 'auto' or 'adamw'")
     if training.optimizer != "auto":
         return training.optimizer
     return "adamw_8bit" if device == "cuda" else "adamw"
