@@ -163,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         config, options = parse(arguments)
         if options.plan:
             return show_plan(config, options.rerun_from)
+        check(config)
     except Exception as error:
         return complain(error, status=2)
     return run(config, options.rerun_from)
@@ -176,6 +177,14 @@ def show_plan(config: RunConfig, rerun_from: StepName | None) -> int:
     session = Session.open(config, rerun_from=rerun_from)
     sys.stdout.write(format_plan(list(plan_run(session))) + "\n")
     return 0
+
+
+def check(config: RunConfig) -> None:
+    """Finds what is wrong with model and data in a second, before Prefect starts."""
+    from tasks.plan import check_inputs
+    from tasks.session import Session
+
+    check_inputs(Session.open(config))
 
 
 def run(config: RunConfig, rerun_from: StepName | None) -> int:

@@ -23,6 +23,7 @@ from tasks.evaluate_and_save import Saved, evaluate_and_save
 from tasks.graph import Json, StepName
 from tasks.inference_mode import inference_mode
 from tasks.load_model import load_model
+from tasks.plan import check_inputs
 from tasks.prepare_dataset import prepare_dataset
 from tasks.session import Session
 from tasks.summary import format_summary, metric_figures, summarise
@@ -46,6 +47,7 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
         What ran and what was cached, the metrics, and where everything is.
     """
     session = Session.open(config, rerun_from=rerun_from)
+    check_inputs(session)
     if session.config.tracking.enabled:
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None)
     try:

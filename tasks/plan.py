@@ -60,6 +60,23 @@ def plan_run(session: Session) -> Iterator[Planned]:
             yield Planned(unit.name, HIT, (), key)
 
 
+def check_inputs(session: Session) -> None:
+    """Refuses a model or data that are not there, or lack a column, before any step spends time.
+
+    Args:
+        session: The run.
+
+    Raises:
+        VlmError: What is wrong, and the remedy.
+    """
+    session.check_sources()
+    prepared = next(entry for entry in plan_run(session) if entry.unit == "prepare_dataset")
+    if prepared.status != HIT:
+        from vlm.data.check import check_sources
+
+        check_sources(session.config.data)
+
+
 def format_plan(planned: list[Planned]) -> str:
     """A plan as lines of text, one per unit and one per reason."""
     width = max(len(entry.unit) for entry in planned)
@@ -80,7 +97,8 @@ def _changes(session: Session, unit: Unit, document: dict[str, object]) -> tuple
     ]
     if not differences:
         return ("never built in this store",)
-    return tuple(min(differences, key=len)) or ("its record is gone",)
+    closest: list[str] = min(differences, key=len)
+    return tuple(closest) or ("its record is gone",)
 
 
 def _own_changes(session: Session, unit: Unit) -> tuple[str, ...]:
@@ -90,4 +108,5 @@ def _own_changes(session: Session, unit: Unit) -> tuple[str, ...]:
     if not earlier:
         return ()
     differences: list[list[str]] = [diff_documents({"config": old}, {"config": settings}) for old in earlier]
-    return tuple(min(differences, key=len))
+    closest: list[str] = min(differences, key=len)
+    return tuple(closest)

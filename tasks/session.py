@@ -156,6 +156,15 @@ class Session:
         """Gives back what the run holds."""
         self._exit.close()
 
+    def check_sources(self) -> None:
+        """Looks for the model and the data; their digests are computed once per run.
+
+        Raises:
+            VlmError: If one is not there.
+        """
+        for unit in self.units:
+            self._source_digests(unit.sources)
+
     def document(self, unit: Unit, inputs: Mapping[str, ArtifactRef]) -> Json:
         """The document whose hash is the unit's key.
 

@@ -172,9 +172,19 @@ def test_the_export_is_delivered_once(
     assert (tmp_path / "out" / "lora" / "adapter_model.safetensors").stat().st_mtime_ns == written
 
 
-def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flows.vision_finetune", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=dict(os.environ))
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("setting", ["--model.name", "--data.sources"])
+def test_an_unreachable_hub_is_one_error(setting: str, tmp_path: Path) -> None:
+    # A closed port of this machine, through the client that is really installed: it changed its HTTP library once.
+    offline = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = run_command(setting, "some/name", "--runtime.store", str(tmp_path / "store"), cwd=tmp_path, **offline)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "some/name" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -182,6 +192,8 @@ def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     [
         (["--model.name", "nowhere/at-all"], "nowhere/at-all"),
         (["--data.sources", "missing.parquet"], "missing.parquet"),
+        (["--data.columns.answer", "transcrpt"], "transcrpt"),
+        (["--training.optimizer", "adamw_8bit"], "needs a GPU"),
         (["--runtime.store", "/proc/store"], "/proc/store"),
     ],
 )

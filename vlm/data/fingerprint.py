@@ -30,6 +30,7 @@ from vlm.config.data import SourceConfig
 from vlm.data.locations import IMAGE_SUFFIXES, DataFile, Location, is_local, open_exactly, relative_name, resolve
 from vlm.data.stat_cache import Stamp, StatCache, local_stamp, remote_stamp
 from vlm.errors import DataError
+from vlm.hub import network_errors
 
 BUILTIN_VERSION = 1
 _CHUNK_BYTES = 1 << 20
@@ -101,7 +102,7 @@ def _hub_commit(source: SourceConfig) -> str:
 
     try:
         commit = HfApi().dataset_info(source.path, revision=source.revision, timeout=20).sha
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except network_errors(HfHubHTTPError, HFValidationError, OSError) as error:
         raise DataError(
             f"the Hub dataset {source.path!r} at revision {source.revision!r} cannot be looked up: {error}. "
             "Check its name and your network, or set revision to a full commit, which needs no look-up."

@@ -11,6 +11,7 @@ from vlm.config.data import SourceConfig
 from vlm.data.locations import split_from_name
 from vlm.data.rows import Row
 from vlm.errors import DataError
+from vlm.hub import network_errors
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def open_hub_dataset(source: SourceConfig) -> list[tuple[HubSplit, tuple[str, ..
 
     try:
         splits = datasets.load_dataset(source.path, name=source.subset, revision=source.revision, streaming=True)
-    except (FileNotFoundError, ValueError, OSError, RuntimeError) as error:
+    except network_errors(ValueError, OSError, RuntimeError) as error:
         raise DataError(
             f"the Hub dataset {source.path!r} (subset {source.subset!r}, revision {source.revision!r}) cannot be opened: {error}. "
             "Check its name, subset and revision, your network and, for a private one, HF_TOKEN; or give a local path."

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vlm.config.model import BUILTIN_MODEL, ModelConfig
 from vlm.errors import ModelError, near_names
+from vlm.hub import network_errors
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 # What a checkpoint is made of, and all that is fetched from the Hub. Pickled weights (*.bin, *.pt) are not in it.
@@ -136,14 +137,13 @@ def hub_commit(model: ModelConfig) -> str:
     """
     if model.revision is not None and _COMMIT.fullmatch(model.revision):
         return model.revision
-    import httpx
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     with _hub_errors(model):
         try:
             commit = HfApi().model_info(model.name, revision=model.revision, timeout=20).sha
-        except (OfflineModeIsEnabled, httpx.TransportError, ConnectionError) as error:
+        except network_errors(OfflineModeIsEnabled) as error:
             try:
                 cached = snapshot_download(model.name, revision=model.revision, local_files_only=True)
             except LocalEntryNotFoundError:
@@ -160,7 +160,6 @@ def hub_commit(model: ModelConfig) -> str:
 @contextmanager
 def _hub_errors(model: ModelConfig) -> Iterator[None]:
     """Turns the Hub's answers into our errors."""
-    import httpx
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -185,7 +184,7 @@ def _hub_errors(model: ModelConfig) -> Iterator[None]:
             f"model.name {model.name!r} is neither a folder here nor a model on the Hub (or a private one: `hf auth login`)."
             f" {_near_known(model.name)}"
         ) from error
-    except (httpx.TransportError, LocalEntryNotFoundError, ConnectionError) as error:
+    except network_errors(LocalEntryNotFoundError) as error:
         raise ModelError(
             f"the download of {model.name!r} broke off ({type(error).__name__}: {error}); run again when the network is back,"
             " what has arrived is kept"
