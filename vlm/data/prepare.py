@@ -37,7 +37,7 @@ _CHUNK_WEIGHT_BYTES = 1 << 18
 _CHUNK_MAX_ROWS = 16
 
 
-@dataclass(frozen=True)
+@dataclass
 class SplitSummary:
     """Totals of one split."""
 
@@ -49,20 +49,16 @@ class SplitSummary:
     longest_tokens: int = 0
     longest_id: str | None = None
 
-    def plus(self, row_id: str, sample: Sample) -> SplitSummary:
-        """These totals and one more row."""
+    def add(self, row_id: str, sample: Sample) -> None:
+        """Counts one more row."""
         num_tokens = len(sample.input_ids)
-        is_longest = num_tokens > self.longest_tokens
-        return SplitSummary(
-            num_rows=self.num_rows + 1,
-            num_images=self.num_images + len(sample.images),
-            num_tokens=self.num_tokens + num_tokens,
-            num_visual_tokens=self.num_visual_tokens + sample.num_visual_tokens,
-            num_supervised_tokens=self.num_supervised_tokens
-            + sum(end - start for start, end in sample.assistant_spans),
-            longest_tokens=num_tokens if is_longest else self.longest_tokens,
-            longest_id=row_id if is_longest else self.longest_id,
-        )
+        self.num_rows += 1
+        self.num_images += len(sample.images)
+        self.num_tokens += num_tokens
+        self.num_visual_tokens += sample.num_visual_tokens
+        self.num_supervised_tokens += sample.num_supervised_tokens
+        if num_tokens > self.longest_tokens:
+            self.longest_tokens, self.longest_id = num_tokens, row_id
 
 
 @dataclass(frozen=True)
@@ -254,7 +250,7 @@ class _Sink:
                     details={"group": sample.group, "splits": [*others, split]},
                 )
         self._writers[split].add(name, sample)
-        self._splits[split] = self._splits[split].plus(name, sample)
+        self._splits[split].add(name, sample)
 
     def summary(self, limit_tokens: int | None) -> DatasetSummary:
         num_rows = {split: writer.num_rows for split, writer in self._writers.items()}

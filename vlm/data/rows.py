@@ -79,6 +79,11 @@ class Sample:
     metadata: dict[str, Any]
 
     @property
+    def num_supervised_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return sum(end - start for start, end in self.assistant_spans)
+
+    @property
     def size_bytes(self) -> int:
         """Roughly what it takes on disk."""
         return sum(image.nbytes for image in self.images) + 4 * len(self.input_ids) + 512

@@ -47,7 +47,7 @@ class UniqueNames:
 
     def claim(self, name: str, suffix: str) -> str:
         """``name``, or ``name`` with a suffix if it is taken."""
-        while stable_hash(name) in self._seen:
+        while (key := stable_hash(name)) in self._seen:
             name = f"{name}#{suffix}"
-        self._seen.add(stable_hash(name))
+        self._seen.add(key)
         return name

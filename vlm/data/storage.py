@@ -13,10 +13,13 @@ number of workers.
 from __future__ import annotations
 
 import json
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from vlm.data.messages import last_text
@@ -67,7 +70,7 @@ class SplitWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._rows: list[tuple[str, Sample]] = []
+        self._rows = _Batch()
         self._rows_bytes = 0
         self._shard = -1
         self._shard_bytes = 0
@@ -90,25 +93,27 @@ class SplitWriter:
 
     def add(self, row_id: str, sample: Sample) -> None:
         """Appends one row."""
-        if self._rows and (
-            self._rows_bytes + sample.size_bytes > BATCH_SIZE_BYTES or len(self._rows) >= BATCH_MAX_ROWS
+        size_bytes = sample.size_bytes
+        if self._rows.ids and (
+            self._rows_bytes + size_bytes > BATCH_SIZE_BYTES or len(self._rows.ids) >= BATCH_MAX_ROWS
         ):
             self._flush()
-        self._rows.append((row_id, sample))
-        self._rows_bytes += sample.size_bytes
+        self._rows.add(row_id, sample)
+        self._rows_bytes += size_bytes
         self.num_rows += 1
 
     def _flush(self) -> None:
-        if not self._rows:
+        if not self._rows.ids:
             return
         if self._data is None or self._shard_bytes >= SHARD_SIZE_BYTES:
             self._next_shard()
-        samples = [sample for _, sample in self._rows]
-        self._data.write_batch(pa.record_batch(_data_columns(samples), schema=DATA_SCHEMA))
-        self._index.write_batch(pa.record_batch(self._index_columns(), schema=INDEX_SCHEMA))
+        self._data.write_batch(pa.record_batch(self._rows.data_columns(), schema=DATA_SCHEMA))
+        self._index.write_batch(
+            pa.record_batch(self._rows.index_columns(self._shard, self._batch), schema=INDEX_SCHEMA)
+        )
         self._shard_bytes += self._rows_bytes
         self._batch += 1
-        self._rows, self._rows_bytes = [], 0
+        self._rows, self._rows_bytes = _Batch(), 0
 
     def _next_shard(self) -> None:
         if self._data is not None:
@@ -120,35 +125,105 @@ class SplitWriter:
         if self._index is None:
             self._index = pa.ipc.new_file(str(self._folder / "index.arrow"), INDEX_SCHEMA)
 
-    def _index_columns(self) -> list[Any]:
-        rows = self._rows
+
+_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
+
+
+class _Lists:
+    """A column of lists of integers, as one run of values and their counts."""
+
+    def __init__(self) -> None:
+        self.values = array("i")
+        self.lengths: list[int] = []
+
+    def add(self, values: Sequence[int]) -> None:
+        self.values.extend(values)
+        self.lengths.append(len(values))
+
+    def column(self) -> Any:
+        values = pa.array(np.frombuffer(self.values, np.int32)) if self.values else pa.array([], pa.int32())
+        return pa.ListArray.from_arrays(_offsets(self.lengths, np.int32), values)
+
+
+class _Batch:
+    """Rows of one batch as columns.
+
+    Thousands of small rows kept as Python objects would send the garbage collector through the whole process time and again, and
+    Arrow takes longer to read them value by value than a short line takes to resize.
+
+    Attributes:
+        ids: Ids of the rows.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self._groups: list[str | None] = []
+        self._messages: list[str] = []
+        self._targets: list[str] = []
+        self._metadata: list[str] = []
+        self._input_ids, self._spans, self._shapes = _Lists(), _Lists(), _Lists()
+        self._images: list[np.ndarray] = []
+        self._num_images: list[int] = []
+        self._num_pixels: list[int] = []
+        self._num_visual: list[int] = []
+        self._num_supervised: list[int] = []
+
+    def add(self, row_id: str, sample: Sample) -> None:
+        self.ids.append(row_id)
+        self._groups.append(sample.group)
+        self._messages.append(_json(sample.messages))
+        self._targets.append(last_text(sample.messages))
+        self._metadata.append(_json(sample.metadata))
+        self._input_ids.add(sample.input_ids)
+        self._spans.add([bound for span in sample.assistant_spans for bound in span])
+        self._shapes.add([length for image in sample.images for length in image.shape])
+        self._images += sample.images
+        self._num_images.append(len(sample.images))
+        self._num_pixels.append(sum(image.shape[0] * image.shape[1] for image in sample.images))
+        self._num_visual.append(sample.num_visual_tokens)
+        self._num_supervised.append(sample.num_supervised_tokens)
+
+    def data_columns(self) -> list[Any]:
         columns = {
-            "id": [row_id for row_id, _ in rows],
-            "group": [sample.group for _, sample in rows],
-            "num_tokens": [len(sample.input_ids) for _, sample in rows],
-            "num_visual_tokens": [sample.num_visual_tokens for _, sample in rows],
-            "num_supervised_tokens": [sum(end - start for start, end in sample.assistant_spans) for _, sample in rows],
-            "num_images": [len(sample.images) for _, sample in rows],
-            "num_pixels": [sum(image.shape[0] * image.shape[1] for image in sample.images) for _, sample in rows],
-            "shard": [self._shard] * len(rows),
-            "batch": [self._batch] * len(rows),
-            "offset": list(range(len(rows))),
+            "messages": self._messages,
+            "target": self._targets,
+            "metadata": self._metadata,
+            "input_ids": self._input_ids.column(),
+            "assistant_spans": self._spans.column(),
+            "image_shapes": self._shapes.column(),
+            "pixels": pa.ListArray.from_arrays(_offsets(self._num_images, np.int32), _pixels(self._images)),
         }
-        return [pa.array(columns[field.name], field.type) for field in INDEX_SCHEMA]
+        return _in_schema(columns, DATA_SCHEMA)
+
+    def index_columns(self, shard: int, batch: int) -> list[Any]:
+        columns = {
+            "id": self.ids,
+            "group": self._groups,
+            "num_tokens": self._input_ids.lengths,
+            "num_visual_tokens": self._num_visual,
+            "num_supervised_tokens": self._num_supervised,
+            "num_images": self._num_images,
+            "num_pixels": self._num_pixels,
+            "shard": [shard] * len(self.ids),
+            "batch": [batch] * len(self.ids),
+            "offset": list(range(len(self.ids))),
+        }
+        return _in_schema(columns, INDEX_SCHEMA)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def _in_schema(columns: dict[str, Any], schema: Any) -> list[Any]:
+    made = ((field, columns[field.name]) for field in schema)
+    return [column if isinstance(column, pa.Array) else pa.array(column, field.type) for field, column in made]
 
 
-def _data_columns(samples: list[Sample]) -> list[Any]:
-    columns = {
-        "messages": [_json(sample.messages) for sample in samples],
-        "target": [last_text(sample.messages) for sample in samples],
-        "metadata": [_json(sample.metadata) for sample in samples],
-        "input_ids": [sample.input_ids for sample in samples],
-        "assistant_spans": [[bound for span in sample.assistant_spans for bound in span] for sample in samples],
-        "image_shapes": [[length for image in sample.images for length in image.shape] for sample in samples],
-        "pixels": [[image.tobytes() for image in sample.images] for sample in samples],
-    }
-    return [pa.array(columns[field.name], field.type) for field in DATA_SCHEMA]
+def _offsets(lengths: list[int], dtype: type[np.integer[Any]]) -> Any:
+    offsets = np.zeros(len(lengths) + 1, dtype)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.array(offsets)
+
+
+def _pixels(images: list[np.ndarray]) -> Any:
+    offsets = _offsets([image.nbytes for image in images], np.int64)
+    joined = b"".join([np.ascontiguousarray(image).data for image in images])
+    buffers = [None, offsets.buffers()[1], pa.py_buffer(joined)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(images), buffers)

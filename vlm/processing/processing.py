@@ -139,15 +139,20 @@ class Processing:
             size: Height and width in pixels, from `target_size`.
 
         Returns:
-            uint8 array of shape [height, width, 3].
+            Read-only uint8 array of shape [height, width, 3]. Grey images have one channel in memory, seen three times.
         """
         import numpy as np
 
         height, width = size
+        if image.mode == "L" and not image.has_transparency_data:
+            # Filters work on each channel alone, so one stands for three equal ones.
+            if image.size != (width, height):
+                image = image.resize((width, height), resample=self.image_processor.resample)
+            return np.ndarray((height, width, 3), np.uint8, image.tobytes(), strides=(width, 1, 0))
         rgb = _on_white(image) if image.has_transparency_data else image.convert("RGB")
         if rgb.size != (width, height):
             rgb = rgb.resize((width, height), resample=self.image_processor.resample)
-        return np.asarray(rgb)
+        return np.ndarray((height, width, 3), np.uint8, rgb.tobytes())
 
     def encode(
         self,
