@@ -144,6 +144,7 @@ def _gc(store: Store, options: argparse.Namespace) -> int:
         ("folders of artifacts", len(report.materialized)),
         ("cached downloads", len(report.cached)),
         ("unfinished work of dead processes", len(report.scratch)),
+        ("interrupted runs not picked up for a week", len(report.abandoned)),
         ("old locks, pins, uploads", len(report.leftovers)),
     ]
     for title, number in rows:

@@ -4,6 +4,7 @@
     manifest    removed if no kept record names it, it is not pinned, and it is older than the grace time
     object      removed if no kept manifest lists it and it is older than the grace time
     tmp         removed if its owner is dead
+    work        what interrupted runs would pick up again: removed after a week without a change
     folders     materialised folders and cached downloads: removed if their artifact is gone and they have not
                 been asked for within the grace time
 
@@ -32,6 +33,7 @@ from artifacts.sealed import BrokenSealError
 from artifacts.store import Store
 
 _DAY_SECONDS = 86400.0
+_RESUMABLE_SECONDS = 7 * _DAY_SECONDS
 
 
 @dataclass
@@ -44,6 +46,7 @@ class GcReport:
         manifests: Paths of removed manifests.
         objects: Paths of removed objects.
         scratch: Names of folders of dead owners.
+        abandoned: Keys whose interrupted work nobody has picked up.
         materialized: Digests of removed folders.
         cached: Digests of downloads removed from this machine.
         leftovers: Expired pins and leases, unused lock files, unfinished uploads.
@@ -58,6 +61,7 @@ class GcReport:
     manifests: list[str] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)
     scratch: list[str] = field(default_factory=list)
+    abandoned: list[str] = field(default_factory=list)
     materialized: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
@@ -195,6 +199,10 @@ class _Collection:
         work_dir = self._store.work_dir
         for path, size_bytes in stale_scratch(work_dir, self._grace_seconds):
             self._remove_local(path, self._report.scratch, size_bytes)
+        for path in sorted((work_dir / "work").glob("*")):
+            times = [entry.stat() for entry in (path, *path.rglob("*"))]
+            if max(stat.st_mtime for stat in times) <= time.time() - max(_RESUMABLE_SECONDS, self._grace_seconds):
+                self._remove_local(path, self._report.abandoned, sum(stat.st_size for stat in times[1:]))
         for path in sorted((work_dir / "materialized").glob("*")):
             if path.name not in manifests and path.stat().st_mtime <= self._young_after:
                 self._remove_local(path, self._report.materialized, 0)  # links; their objects are counted

@@ -5,6 +5,7 @@
     <root>/index/<unit>/<key>.json        which key of which step gave which artifacts
     <root>/materialized/<digest>/         artifacts as folders of hard links (local stores; else in the cache)
     <root>/cache/stamps/                  state in which each object was last found good (else in the cache)
+    <root>/work/<key>/                    what an interrupted run picks up again (else in the cache)
     <root>/tmp, locks, leases, pins       work in progress
 
 Publishing writes objects, then the manifest; `Store.record` writes the index record last. Each write is atomic,
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.backend import Backend, LocalBackend, open_backend
-from artifacts.errors import CorruptObjectError, NotFoundError, StoreWriteError
+from artifacts.errors import CorruptObjectError, NotFoundError, StoreWriteError, writing
 from artifacts.hashing import OnBytes, serialized
 from artifacts.index import Index, IndexRecord, now
 from artifacts.locks import LEASE_SECONDS, OnWait, file_lock, store_lock
@@ -110,6 +111,16 @@ class Store:
         For a local store it lies in the store, so that publishing with ``consume=True`` moves the files.
         """
         return scratch_folder(self.work_dir)
+
+    def resumable(self, key: str) -> Path:
+        """Returns the local folder for what an interrupted run of a key picks up again, made if need be.
+
+        Whoever finishes the work removes it; garbage collection does when it has not been written to for a week.
+        """
+        path = self.work_dir / "work" / check_name(key, "key")
+        with writing(str(path)):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
 
     def publish(
         self,

@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import yaml
@@ -189,21 +190,25 @@ def check(config: RunConfig) -> None:
 
 def run(config: RunConfig, rerun_from: StepName | None) -> int:
     """Runs the flow and prints its last lines."""
-    quieten()
-    from prefect.exceptions import TerminationSignal
-
+    # Prefect sends SIGTERM on to this handler once the run is marked; by default it would end the process so abruptly
+    # that its embedded server stays behind.
+    signal.signal(signal.SIGTERM, end)
     try:
         summary = run_flow(config, rerun_from)
-    except (KeyboardInterrupt, TerminationSignal) as error:
-        signum = getattr(error, "signal", signal.SIGINT)
-        sys.stderr.write("interrupted; the same command goes on from the last finished step or training checkpoint\n")
-        return 128 + int(signum)
+    except KeyboardInterrupt:
+        end(signal.SIGINT)
     except Exception as error:
         return complain(error, status=1)
     from tasks.summary import format_summary
 
     sys.stdout.write(format_summary(summary) + "\n")
     return 0
+
+
+def end(signum: int, frame: FrameType | None = None) -> NoReturn:
+    """Ends the process in order, with the exit status that shells expect after a signal."""
+    sys.stderr.write("interrupted; the same command goes on from the last finished step or training checkpoint\n")
+    raise SystemExit(128 + signum)
 
 
 def run_flow(config: RunConfig, rerun_from: StepName | None) -> dict[str, Any]:

@@ -195,12 +195,6 @@ class Session:
         with counting_bytes("reading artifact", ref.size_bytes) as advance:
             return self.store.materialize(ref, on_bytes=advance)
 
-    def work_dir(self, key: str) -> Path:
-        """A folder on this machine for what an interrupted run of a unit picks up again."""
-        path = self.store.work_dir / "work" / key
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-
     def run(self, name: str, inputs: Mapping[str, ArtifactRef], build: Build) -> UnitResult:
         """Looks a unit up and, if it is not there, builds, publishes and records it.
 
@@ -225,7 +219,7 @@ class Session:
                 result = None if forced else self._lookup(unit, key)
                 if result is None:
                     result = self._build(unit, key, document, inputs, build, started)
-                    shutil.rmtree(self.work_dir(key), ignore_errors=True)
+                    shutil.rmtree(self.store.resumable(key), ignore_errors=True)
         if self._pin is None:
             self._pin = self._exit.enter_context(self.store.pin())
         self._pin.add(*result.outputs.values())

@@ -74,9 +74,13 @@ class Tracker:
         else:
             nested = mlflow.start_run(run_name="train", nested=True, tags=self._tags())
             remembered.write_text(nested.info.run_id)
-        with nested:
+        try:
             mlflow.log_params(flat({"training": self.session.config.training.model_dump(mode="json")}))
             yield _metric_callback()
+        except BaseException as error:
+            mlflow.end_run("FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
+        mlflow.end_run()
 
     def finish(self, digests: dict[str, ArtifactRef], metrics: dict[str, float]) -> None:
         """Logs what the run made and closes it; does nothing when nothing ran.

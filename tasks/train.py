@@ -33,7 +33,7 @@ def train(
         from vlm.training.interrupt import TrainingInterrupted
         from vlm.training.train import train_adapter
 
-        work_dir = session.work_dir(session.key("train", inputs))
+        work_dir = session.store.resumable(session.key("train", inputs))
         try:
             with training_callbacks(session, work_dir) as callbacks:
                 return train_adapter(

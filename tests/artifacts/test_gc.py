@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,21 @@ def test_a_pin_is_renewed_while_it_is_held(store: Store):
     with pytest.raises(ValueError, match="digest"), store.pin(["nonsense"]):
         pass
     assert stored(store, "pins") == []
+
+
+def test_interrupted_work_stays_for_a_week(store: Store):
+    fresh, forgotten = store.resumable("a" * 64), store.resumable("b" * 64)
+    for folder in (fresh, forgotten):
+        (folder / "checkpoint-10").mkdir()
+        (folder / "checkpoint-10" / "weights").write_bytes(b"weights")
+    eight_days_ago = time.time() - 8 * 86400
+    for path in (forgotten / "checkpoint-10" / "weights", forgotten / "checkpoint-10", forgotten, fresh):
+        os.utime(path, (eight_days_ago, eight_days_ago))
+    assert collect(store, dry_run=True).abandoned == [forgotten.name]
+    assert forgotten.exists()
+    assert collect(store, dry_run=False, grace_seconds=0).abandoned == [forgotten.name]
+    assert fresh.exists()
+    assert not forgotten.exists()
 
 
 def test_folders_of_removed_artifacts_go_and_others_stay(store: Store, monkeypatch: pytest.MonkeyPatch):

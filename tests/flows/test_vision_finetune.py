@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +206,41 @@ def test_bad_input_is_one_error_without_a_traceback(settings: list[str], message
     assert "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_a_terminated_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    settings = ["--runtime.store", str(tmp_path / "store"), "--training.max_steps", "40", "--generation.max_rows", "2"]
+    command = [sys.executable, "-m", "flows.vision_finetune", *settings]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "mlflow.db"
+    deadline = time.monotonic() + 300
+    while not logged_steps(log):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    process.terminate()
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "the same command goes on from" in complaint
+    assert list((tmp_path / "store" / "work").glob("*/checkpoint-*"))
+    done = run_command(*settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "store" / "work").glob("*/checkpoint-*"))
+    steps = logged_steps(log)
+    # One curve: no step is trained, or logged, twice.
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 40
+
+
+def logged_steps(database: Path) -> list[int]:
+    if not database.exists():
+        return []
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        try:
+            return [step for (step,) in connection.execute("select step from metrics where key = 'loss'")]
+        except sqlite3.OperationalError:
+            return []
 
 
 @pytest.fixture
