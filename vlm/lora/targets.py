@@ -55,6 +55,7 @@ def select_targets(model_or_names: Any, family: Family, lora: LoraConfig) -> lis
         chosen = {name for target in lora.target_modules for name in _matches(target, names, "lora.target_modules")}
     else:
         chosen = {name for pattern in switched_patterns(family, lora) for name in names if re.fullmatch(pattern, name)}
+    chosen &= set(names_of_last_layers(names, family, lora))
     excluded = {name for target in lora.exclude_modules for name in _matches(target, names, "lora.exclude_modules")}
     targets = [name for name in names if name in chosen and name not in excluded]
     heads = [name for name in targets if family.part_of(name) == "head"]
@@ -86,6 +87,43 @@ def switched_patterns(family: Family, lora: LoraConfig) -> list[str]:
     if lora.finetune_projector:
         on.append(family.projector)
     return on
+
+
+def names_of_last_layers(names: Sequence[str], family: Family, lora: LoraConfig) -> list[str]:
+    """Leaves out the layers before the last ones that the settings ask for; other names stay.
+
+    Args:
+        names: Full names of linear layers, in the model's order.
+        family: Row of the family table.
+        lora: Number of layers by tower; layers of several vision encoders count together, in the model's order.
+
+    Raises:
+        LoraError: A tower has fewer layers.
+    """
+    for setting, pattern in (
+        ("last_language_layers", family.language_layer),
+        ("last_vision_layers", family.vision_layer),
+    ):
+        number = getattr(lora, setting)
+        if number is None:
+            continue
+        layer_of = {name: _layer_of(name, pattern) for name in names}
+        layers = list(dict.fromkeys(layer for layer in layer_of.values() if layer is not None))
+        if number > len(layers):
+            raise LoraError(
+                f"lora.{setting} is {number} but {family.title} has {len(layers)} such layers here; lower it, or leave it"
+                " out to adapt all"
+            )
+        left_out = set(layers[: len(layers) - number])
+        names = [name for name in names if layer_of[name] not in left_out]
+    return list(names)
+
+
+def _layer_of(name: str, pattern: str) -> str | None:
+    """The layer that a module is in: its shortest prefix that matches."""
+    words = name.split(".")
+    prefixes = (".".join(words[:length]) for length in range(1, len(words) + 1))
+    return next((prefix for prefix in prefixes if re.fullmatch(pattern, prefix)), None)
 
 
 def select(model: Any, family: Family, lora: LoraConfig) -> Selection:
