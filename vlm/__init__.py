@@ -12,16 +12,18 @@ if TYPE_CHECKING:
     from vlm.facade.collator import VisionDataCollator
     from vlm.facade.dataset import to_dataset
     from vlm.facade.model import FastVisionModel
+    from vlm.facade.precision import is_bf16_supported
     from vlm.facade.vision_info import process_vision_info
 
 _FACADE = {
     "FastVisionModel": "vlm.facade.model",
     "VisionDataCollator": "vlm.facade.collator",
+    "is_bf16_supported": "vlm.facade.precision",
     "process_vision_info": "vlm.facade.vision_info",
     "to_dataset": "vlm.facade.dataset",
 }
 
-__all__ = ["FastVisionModel", "VisionDataCollator", "process_vision_info", "to_dataset"]
+__all__ = ["FastVisionModel", "VisionDataCollator", "is_bf16_supported", "process_vision_info", "to_dataset"]
 
 
 def __getattr__(name: str) -> Any:

@@ -111,7 +111,7 @@ class FastVisionModel:
             revision=revision,
             quantization=quantization,
             double_quantization=double_quantization,
-            keep_unquantized=tuple(keep_unquantized),  # type: ignore[arg-type]  # pydantic checks the names
+            keep_unquantized=tuple(keep_unquantized),
         )
         with _hub_token(token):
             checkpoint_dir = cached_checkpoint(
@@ -275,7 +275,7 @@ def _prepare(state: FacadeState, adapter_dir: Path | None) -> tuple[Any, VisionP
     model, processor = state.loaded.model, VisionProcessor(state.loaded.processing)
     # Some models (Qwen2.5-VL) declare that they take no loss arguments, upon which trainers would not count a step's
     # tokens and give every micro-batch the same weight, however many supervised tokens it has.
-    model.accepts_loss_kwargs = True
+    setattr(model, "accepts_loss_kwargs", True)  # noqa: B010, a name that the class does not declare
     keep_state(model, state)
     if adapter_dir is not None:
         from vlm.lora.attach import attach_adapter
@@ -283,14 +283,24 @@ def _prepare(state: FacadeState, adapter_dir: Path | None) -> tuple[Any, VisionP
         adapted = attach_adapter(state.loaded, adapter_dir, trainable=True)
         return _finish_adapted(adapted, state, adapter_dir), processor
     if state.full_finetuning:
-        from vlm.facade.full import start_full_finetuning
-
-        start_full_finetuning(state)
+        _start_full_finetuning(state)
     else:
         # Whoever forgets the adapter gets an error from the trainer, rather than training the base by mistake.
         model.requires_grad_(False)
     add_saving(model)
     return model, processor
+
+
+def _start_full_finetuning(state: FacadeState) -> None:
+    from vlm.lora.attach import attach_adapter
+    from vlm.lora.build import build_adapter
+    from vlm.lora.peft_model import TARGETS_FILE
+
+    everything = LoraConfig(full_finetuning=("vision", "projector", "language"))
+    with tempfile.TemporaryDirectory() as folder:
+        build_adapter(state.loaded, everything, Path(folder))
+        attach_adapter(state.loaded, Path(folder), trainable=True)
+        state.adapter_files[TARGETS_FILE] = (Path(folder) / TARGETS_FILE).read_bytes()
 
 
 def _finish_adapted(adapted: PeftModel, state: FacadeState, adapter_dir: Path) -> PeftModel:
@@ -301,7 +311,8 @@ def _finish_adapted(adapted: PeftModel, state: FacadeState, adapter_dir: Path) -
         if (adapter_dir / name).is_file():
             state.adapter_files[name] = (adapter_dir / name).read_bytes()
     # trl turns the adapter of a model that says so to bfloat16, where small updates are rounded away.
-    adapted.is_loaded_in_4bit = adapted.is_loaded_in_8bit = False
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        setattr(adapted, name, False)
     add_saving(adapted)
     return adapted
 

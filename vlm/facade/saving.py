@@ -6,6 +6,7 @@ import json
 import re
 import tempfile
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def add_saving(model: Any) -> None:
     Args:
         model: With or without adapter; changed in place.
     """
-    methods = [save_pretrained_merged, push_to_hub_merged, push_to_hub]
+    methods: list[Callable[..., Any]] = [save_pretrained_merged, push_to_hub_merged, push_to_hub]
     state = state_of(model)
     if state.full_finetuning:
         # transformers' own method writes what a trainer's checkpoint needs; here it gets the processor as well.
@@ -61,13 +62,19 @@ def save_adapter(model: Any, save_directory: str | Path, tokenizer: Any = None, 
     Raises:
         ConfigError: An option would have no effect, or the processor is another model's.
     """
-    from vlm.lora.peft_model import CONFIG_FILE, WEIGHTS_FILE, save_tensors
-
     state = state_of(model)
     check_fixed("save_pretrained", options, _FIXED_SAVING)
     _check_processor(state, tokenizer)
     directory = Path(save_directory)
     directory.mkdir(parents=True, exist_ok=True)
+    _write_trained(model, state, directory)
+    state.loaded.processing.save(directory)
+
+
+def _write_trained(model: Any, state: FacadeState, directory: Path) -> None:
+    """What was trained, as the core's artifact of it."""
+    from vlm.lora.peft_model import CONFIG_FILE, WEIGHTS_FILE, save_tensors
+
     save_tensors(model, directory / WEIGHTS_FILE)
     for name, content in state.adapter_files.items():
         if name == CONFIG_FILE:
@@ -75,7 +82,6 @@ def save_adapter(model: Any, save_directory: str | Path, tokenizer: Any = None, 
             settings = {**json.loads(content), "base_model_name_or_path": state.name}
             content = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
         (directory / name).write_bytes(content)
-    state.loaded.processing.save(directory)
 
 
 def save_pretrained_merged(
@@ -117,12 +123,7 @@ def save_pretrained_merged(
 
     with tempfile.TemporaryDirectory() as folder:
         trained_dir = Path(folder)
-        if state.full_finetuning:
-            from vlm.facade.full import write_trained
-
-            write_trained(state, trained_dir)
-        else:
-            save_adapter(model, trained_dir)
+        _write_trained(model, state, trained_dir)
         export(
             "merged_16bit" if method == "merged_16bit" else "lora",
             state.loaded.checkpoint_dir,

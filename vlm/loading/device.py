@@ -68,9 +68,7 @@ def resolve_precision(precision: Precision, device: str) -> str:
     return "bfloat16" if capability >= _BFLOAT16_CAPABILITY else "float16"
 
 
-def resolve_quantization(
-    quantization: Quantization, device: str, *, full_finetuning: bool = False
-) -> Quantization:
+def resolve_quantization(quantization: Quantization, device: str, *, full_finetuning: bool = False) -> Quantization:
     """Settles ``"auto"``: NF4 on a GPU, where memory is scarce; none on a CPU, where unpacking costs more than it saves.
 
     Args:

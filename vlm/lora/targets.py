@@ -55,7 +55,7 @@ def select_targets(model_or_names: Any, family: Family, lora: LoraConfig) -> lis
         chosen = {name for target in lora.target_modules for name in _matches(target, names, "lora.target_modules")}
     else:
         chosen = {name for pattern in switched_patterns(family, lora) for name in names if re.fullmatch(pattern, name)}
-    chosen &= set(names_of_last_layers(names, family, lora))
+    chosen = _in_last_layers(names, chosen, family, lora)
     excluded = {name for target in lora.exclude_modules for name in _matches(target, names, "lora.exclude_modules")}
     targets = [name for name in names if name in chosen and name not in excluded]
     heads = [name for name in targets if family.part_of(name) == "head"]
@@ -89,16 +89,10 @@ def switched_patterns(family: Family, lora: LoraConfig) -> list[str]:
     return on
 
 
-def names_of_last_layers(names: Sequence[str], family: Family, lora: LoraConfig) -> list[str]:
-    """Leaves out the layers before the last ones that the settings ask for; other names stay.
+def _in_last_layers(names: Sequence[str], chosen: set[str], family: Family, lora: LoraConfig) -> set[str]:
+    """Leaves out targets in layers before the last ones that the settings ask for; targets outside layers stay.
 
-    Args:
-        names: Full names of linear layers, in the model's order.
-        family: Row of the family table.
-        lora: Number of layers by tower; layers of several vision encoders count together, in the model's order.
-
-    Raises:
-        LoraError: A tower has fewer layers.
+    Layers of several vision encoders count together, in the model's order.
     """
     for setting, pattern in (
         ("last_language_layers", family.language_layer),
@@ -111,12 +105,14 @@ def names_of_last_layers(names: Sequence[str], family: Family, lora: LoraConfig)
         layers = list(dict.fromkeys(layer for layer in layer_of.values() if layer is not None))
         if number > len(layers):
             raise LoraError(
-                f"lora.{setting} is {number} but {family.title} has {len(layers)} such layers here; lower it, or leave it"
-                " out to adapt all"
+                f"lora.{setting} is {number} but the model has {len(layers)} such layers; lower it, or leave it out to adapt"
+                " all"
             )
+        if not any(layer_of[name] for name in chosen):
+            raise LoraError(f"lora.{setting} is {number} but no target is in such a layer; leave it out")
         left_out = set(layers[: len(layers) - number])
-        names = [name for name in names if layer_of[name] not in left_out]
-    return list(names)
+        chosen = {name for name in chosen if layer_of[name] not in left_out}
+    return chosen
 
 
 def _layer_of(name: str, pattern: str) -> str | None:
