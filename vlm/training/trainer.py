@@ -113,6 +113,13 @@ class AdapterTrainer(SFTTrainer):
             optimizer.param_groups[:] = self._split_groups(optimizer.param_groups, names)
         return optimizer
 
+    def get_decay_parameter_names(self, model: Any, *others: Any) -> list[str]:
+        """Matrices decay; norms, biases and DoRA's magnitudes do not.
+
+        The stock rule goes by names, and takes some vision towers' RMSNorms for matrices.
+        """
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self._batches)
 

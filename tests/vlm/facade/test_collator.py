@@ -137,7 +137,7 @@ def test_long_conversations(load: Callable) -> None:
         assert torch.equal(cut[name], uncut[name][:, :60])
     collate([long])  # said once
     with pytest.raises(DataError, match="cut off all that the assistant says"):
-        vlm.VisionDataCollator(model, processor, 30, train_on_responses_only=True)([long])
+        vlm.VisionDataCollator(model, processor, 24, train_on_responses_only=True)([long])
     with pytest.raises(DataError, match="would cut image tokens off; raise max_seq_length"):
         collate([row(tiny_image(280, 280))])
 
