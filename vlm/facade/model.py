@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.config.model import LoraConfig, ModelConfig, Quantization
+from vlm.config.model import LoraConfig, ModelConfig
 from vlm.errors import ConfigError
 from vlm.facade.options import check_fixed
+from vlm.facade.settings import (
+    ADAPTING,
+    FIXED_ADAPTING,
+    FIXED_LOADING,
+    LOADING,
+    adapter_folder,
+    base_of,
+    checked,
+    checkpointing_of,
+    device_of,
+    hub_token,
+    precision_of,
+    quantization_of,
+)
 from vlm.facade.state import FacadeState, keep_state, state_of
 
 if TYPE_CHECKING:
@@ -20,29 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from vlm.facade.processor import VisionProcessor
-
-_LOADING = "FastVisionModel.from_pretrained"
-_ADAPTING = "FastVisionModel.get_peft_model"
-_FIXED_LOADING: dict[str, tuple[Any, str]] = {
-    "trust_remote_code": (False, "no code from a repository is ever run; give a family of the table in vlm/families"),
-    "fast_inference": (False, "there is no second inference engine; leave it out"),
-    "rope_scaling": (None, "positions are the model's own; leave it out"),
-    "resize_model_vocab": (None, "the vocabulary is the model's own; leave it out"),
-    "return_logits": (False, "the trainer makes logits where they are needed; leave it out"),
-    "fix_tokenizer": (True, "the tokenizer is used as it is; leave it out"),
-    "attn_implementation": ("sdpa", "attention is PyTorch's scaled dot product; leave it out"),
-}
-_FIXED_ADAPTING: dict[str, tuple[Any, str]] = {
-    "bias": ("none", "biases are not trained beside an adapter; use 'none'"),
-    "loftq_config": (None, "adapters start from zero, not from quantisation errors; leave it out"),
-    "init_lora_weights": (True, "the start is seeded noise for A and zero for B; leave it out"),
-    "layers_to_transform": (None, "give last_language_layers or last_vision_layers, or full names in target_modules"),
-    "layers_pattern": (None, "give full names or regular expressions in target_modules"),
-    "task_type": ("CAUSAL_LM", "leave it out"),
-    "qat_scheme": (None, "quantisation-aware training is not known here; leave it out"),
-    "target_parameters": (None, "give modules in target_modules"),
-    "ensure_weight_tying": (False, "weights trained whole are untied in exports; leave it out"),
-}
 
 
 class FastVisionModel:
@@ -94,28 +82,30 @@ class FastVisionModel:
         from vlm.facade.checkpoint import cached_checkpoint
         from vlm.loading.device import detect_device, resolve_precision
 
-        check_fixed(_LOADING, others, _FIXED_LOADING, FastVisionModel.from_pretrained.__annotations__)
-        quantization = _quantization(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning)
+        check_fixed(LOADING, others, FIXED_LOADING, FastVisionModel.from_pretrained.__annotations__)
+        quantization = quantization_of(load_in_4bit, load_in_8bit, load_in_16bit, full_finetuning)
         if max_seq_length is not None and max_seq_length < 1:
-            raise ConfigError(f"{_LOADING}: max_seq_length {max_seq_length} must be positive, or None for no limit")
-        adapter_dir = _adapter_folder(model_name)
-        base_name = model_name if adapter_dir is None else _base_of(adapter_dir)
+            raise ConfigError(f"{LOADING}: max_seq_length {max_seq_length} must be positive, or None for no limit")
+        adapter_dir = adapter_folder(model_name)
+        base_name = model_name if adapter_dir is None else base_of(adapter_dir)
         if adapter_dir is not None and full_finetuning:
             raise ConfigError(
-                f"{_LOADING}: {model_name!r} is an adapter, and full_finetuning trains the base itself; load the base, or"
+                f"{LOADING}: {model_name!r} is an adapter, and full_finetuning trains the base itself; load the base, or"
                 " merge the adapter with save_pretrained_merged and load the result"
             )
-        device = detect_device(_device(device_map))
-        config = ModelConfig(
+        device = detect_device(device_of(device_map))
+        config = checked(
+            LOADING,
+            ModelConfig,
             name=base_name,
             revision=revision,
             quantization=quantization,
             double_quantization=double_quantization,
             keep_unquantized=tuple(keep_unquantized),
         )
-        with _hub_token(token):
+        with hub_token(token):
             checkpoint_dir = cached_checkpoint(
-                config, device=device, dtype=resolve_precision(_precision(dtype), device)
+                config, device=device, dtype=resolve_precision(precision_of(dtype), device)
             )
         from vlm.loading.checkpoint import load_checkpoint
 
@@ -124,7 +114,7 @@ class FastVisionModel:
             loaded=loaded,
             name=base_name,
             max_seq_length=max_seq_length,
-            gradient_checkpointing=_checkpointing(use_gradient_checkpointing),
+            gradient_checkpointing=checkpointing_of(use_gradient_checkpointing),
             full_finetuning=full_finetuning,
         )
         return _prepare(state, adapter_dir)
@@ -195,19 +185,21 @@ class FastVisionModel:
 
         state = state_of(model)
         fixed = {"bias": bias, "loftq_config": loftq_config, **others}
-        check_fixed(_ADAPTING, fixed, _FIXED_ADAPTING, FastVisionModel.get_peft_model.__annotations__)
+        check_fixed(ADAPTING, fixed, FIXED_ADAPTING, FastVisionModel.get_peft_model.__annotations__)
         if state.full_finetuning:
             raise ConfigError(
-                f"{_ADAPTING}: the model was loaded with full_finetuning=True, so all its weights learn and an adapter has"
+                f"{ADAPTING}: the model was loaded with full_finetuning=True, so all its weights learn and an adapter has"
                 " nothing to add; leave this call out, or load without full_finetuning"
             )
         if state.adapter_files:
             raise ConfigError(
-                f"{_ADAPTING}: the model has an adapter already; load the base model again for another one"
+                f"{ADAPTING}: the model has an adapter already; load the base model again for another one"
             )
         if isinstance(target_modules, str):
             target_modules = None if target_modules == "all-linear" else [target_modules]
-        lora = _lora_config(
+        lora = checked(
+            ADAPTING,
+            LoraConfig,
             rank=r,
             alpha=lora_alpha,
             dropout=lora_dropout,
@@ -226,7 +218,7 @@ class FastVisionModel:
             use_dora=use_dora,
             seed=random_state,
         )
-        state.gradient_checkpointing = _checkpointing(use_gradient_checkpointing)
+        state.gradient_checkpointing = checkpointing_of(use_gradient_checkpointing)
         if max_seq_length is not None:
             state.max_seq_length = max_seq_length
         with tempfile.TemporaryDirectory() as folder:
@@ -249,7 +241,7 @@ class FastVisionModel:
 
         state = state_of(model)
         if use_gradient_checkpointing is not None:
-            state.gradient_checkpointing = _checkpointing(use_gradient_checkpointing)
+            state.gradient_checkpointing = checkpointing_of(use_gradient_checkpointing)
         return switch_to_training(model, state)
 
     @staticmethod
@@ -315,84 +307,3 @@ def _finish_adapted(adapted: PeftModel, state: FacadeState, adapter_dir: Path) -
         setattr(adapted, name, False)
     add_saving(adapted)
     return adapted
-
-
-def _lora_config(**settings: Any) -> LoraConfig:
-    from pydantic import ValidationError
-
-    try:
-        return LoraConfig(**settings)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))} {item['msg']}".strip() for item in error.errors()]
-        raise ConfigError(f"{_ADAPTING}: {'; '.join(problems)}") from error
-
-
-def _quantization(four: bool, eight: bool, sixteen: bool, full: bool) -> Quantization:
-    chosen = [name for name, on in (("load_in_4bit", four), ("load_in_8bit", eight), ("load_in_16bit", sixteen)) if on]
-    if len(chosen) > 1:
-        hint = ", which is on by default" if four else ""
-        raise ConfigError(f"{_LOADING}: {' and '.join(chosen)} exclude each other; turn off {chosen[0]}{hint}")
-    if full and (four or eight):
-        raise ConfigError(
-            f"{_LOADING}: full_finetuning trains weights in full precision, which {chosen[0]}=True takes away;"
-            f" set {chosen[0]}=False"
-        )
-    return "nf4" if four else "int8" if eight else "none"
-
-
-def _checkpointing(value: bool | str) -> bool:
-    if value not in (True, False, "unsloth"):
-        raise ConfigError(f"use_gradient_checkpointing {value!r} is unknown; use True or False ('unsloth' means True)")
-    return bool(value)
-
-
-def _precision(dtype: Any) -> Any:
-    if dtype is None:
-        return "auto"
-    name = str(dtype).removeprefix("torch.")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"{_LOADING}: dtype {dtype!r} is unknown; use float32, bfloat16, float16 or None")
-    return name
-
-
-def _device(device_map: Any) -> str:
-    if isinstance(device_map, Mapping) and set(device_map) == {""}:
-        device_map = device_map[""]
-    if device_map in ("auto", "sequential", None):
-        return "auto"
-    if device_map == "cpu" or device_map == 0 or str(device_map) in ("cuda", "cuda:0"):
-        return "cpu" if device_map == "cpu" else "cuda"
-    raise ConfigError(
-        f"{_LOADING}: device_map {device_map!r} cannot be used, a model lies on one device; use 'auto', 'cpu' or 'cuda', and"
-        " CUDA_VISIBLE_DEVICES to choose a GPU"
-    )
-
-
-def _adapter_folder(name: str) -> Path | None:
-    path = Path(name).expanduser()
-    return path if (path / "adapter_config.json").is_file() else None
-
-
-def _base_of(adapter_dir: Path) -> str:
-    config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ConfigError(f"{adapter_dir}/adapter_config.json names no base model; put it into base_model_name_or_path")
-    return base
-
-
-@contextmanager
-def _hub_token(token: str | None) -> Iterator[None]:
-    """Lets the Hub's client find a token for the length of a block."""
-    if token is None:
-        yield
-        return
-    before = os.environ.get("HF_TOKEN")
-    os.environ["HF_TOKEN"] = token
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HF_TOKEN"]
-        else:
-            os.environ["HF_TOKEN"] = before

@@ -74,8 +74,6 @@ class VisionProcessor(ProcessorMixin):
             DataError: Texts and images do not fit together, or an image cannot be used.
         """
         check_fixed("processor", options, _FIXED_CALL, ("images", "text", "padding_side"))
-        if padding_side not in ("left", "right"):
-            raise ConfigError(f"processor: padding_side {padding_side!r} is unknown; use 'left' or 'right'")
         if text is None:
             raise DataError("the processor got no text; render the conversation with apply_chat_template first")
         texts = [text] if isinstance(text, str) else list(text)
@@ -84,7 +82,7 @@ class VisionProcessor(ProcessorMixin):
             self.processing.encode_text(words, [image.shape[:2] for image in own]).input_ids
             for words, own in zip(texts, pixels, strict=True)
         ]
-        return BatchFeature(self._padded(rows, pixels, padding_side))
+        return BatchFeature(self._padded(rows, pixels, _side(padding_side)))
 
     def apply_chat_template(  # type: ignore[override]  # fewer options than the base class, each with an effect
         self,
@@ -114,15 +112,21 @@ class VisionProcessor(ProcessorMixin):
         check_fixed("apply_chat_template", options, _FIXED_CALL, ("add_generation_prompt", "tokenize", "return_dict"))
         several = bool(conversation) and not isinstance(conversation[0], Mapping)
         split = [split_messages(one) for one in (conversation if several else [conversation])]
-        texts = [self.processing.render(messages, add_generation_prompt) for messages, _ in split]
         if not tokenize:
+            texts = [self.processing.render(messages, add_generation_prompt) for messages, _ in split]
             return texts if several else texts[0]
         if any(reference is None for _, references in split for reference in references):
             raise DataError(
                 "an image part has no image, so there is nothing to make pixels of; put it into the part as"
                 " {'type': 'image', 'image': …}, or render with tokenize=False and give images and text to the processor"
             )
-        inputs = self(images=[references for _, references in split], text=texts, padding_side=padding_side)
+        pixels = [[self._resized(image) for image in references] for _, references in split]
+        # From the messages rather than their text: control tokens that a person typed stay text this way.
+        rows = [
+            self.processing.encode(messages, [image.shape[:2] for image in own], add_generation_prompt).input_ids
+            for (messages, _), own in zip(split, pixels, strict=True)
+        ]
+        inputs = BatchFeature(self._padded(rows, pixels, _side(padding_side)))
         return inputs if return_dict else inputs["input_ids"]
 
     def decode(self, *args: Any, **options: Any) -> str:
@@ -191,3 +195,9 @@ class VisionProcessor(ProcessorMixin):
             mask[number, place] = 1
         media = self.processing.pixel_inputs(pixels)
         return {"input_ids": ids, "attention_mask": mask, **self.processing.model_inputs(ids, media)}
+
+
+def _side(padding_side: str) -> str:
+    if padding_side not in ("left", "right"):
+        raise ConfigError(f"processor: padding_side {padding_side!r} is unknown; use 'left' or 'right'")
+    return padding_side

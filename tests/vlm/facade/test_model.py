@@ -152,6 +152,7 @@ def test_eight_bit(load: Callable) -> None:
         ({"max_seq_length": 0}, "must be positive"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown"),
         ({"device_map": "balanced"}, "device_map 'balanced' cannot be used"),
+        ({"keep_unquantized": ["eyes"]}, r"keep_unquantized\.0 Input should be"),
         ({"use_gradient_checkpointing": "offload"}, "'offload' is unknown"),
     ],
 )

@@ -114,6 +114,15 @@ def test_messages_without_images_cannot_be_tokenised(load: Callable) -> None:
         processor.apply_chat_template([{"role": "user"}])
 
 
+def test_control_tokens_that_a_person_typed_stay_text(load: Callable) -> None:
+    _, processor = load("qwen2_vl")
+    typed = processor.apply_chat_template([{"role": "user", "content": "<|im_end|>"}], tokenize=True, return_dict=False)
+    plain = processor.apply_chat_template([{"role": "user", "content": "?"}], tokenize=True, return_dict=False)
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (typed == end).sum() == (plain == end).sum()
+    assert "<|im_end|>" in processor.decode(typed[0], skip_special_tokens=True)
+
+
 def test_a_saved_processor_opens(load: Callable, tmp_path: Path) -> None:
     _, processor = load("qwen2_5_vl")
     processor.save_pretrained(tmp_path)
