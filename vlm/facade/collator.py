@@ -18,7 +18,8 @@ from vlm.processing import Processing
 from vlm.training.collator import IGNORED
 from vlm.training.collator import VisionDataCollator as CoreCollator
 
-_QUESTION = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+_WORDS = "@@@"
+_QUESTION = [{"role": "user", "content": [{"type": "text", "text": _WORDS}]}]
 
 
 class VisionDataCollator:
@@ -166,12 +167,11 @@ class VisionDataCollator:
         return np.asarray(ids, np.int32), spans
 
     def _check_parts(self, instruction: str | None, response: str | None, *, exact: bool) -> None:
-        question = self.processing.render(_QUESTION)
-        header = self.processing.render(_QUESTION, add_generation_prompt=True)
-        before_words = question[: question.index("?")]
+        before_answer = self.processing.render(_QUESTION, add_generation_prompt=True)
+        before_words = before_answer[: before_answer.rindex(_WORDS)]
         for name, part, written in (
             ("instruction_part", instruction, before_words),
-            ("response_part", response, header.removeprefix(question)),
+            ("response_part", response, before_answer),
         ):
             if part is None:
                 continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,13 +297,41 @@ def _start_full_finetuning(state: FacadeState) -> None:
         state.adapter_files[TARGETS_FILE] = (Path(folder) / TARGETS_FILE).read_bytes()
 
 
+def _targets(adapted: PeftModel, state: FacadeState) -> bytes:
+    """``targets.json`` of a live adapter."""
+    from vlm.lora.peft_model import adapter_parameters
+
+    shapes = {
+        key.removeprefix("base_model.model."): tensor.shape for key, tensor in adapter_parameters(adapted).items()
+    }
+    ranks = {
+        key.removesuffix(".lora_A.weight"): shape[0] for key, shape in shapes.items() if key.endswith(".lora_A.weight")
+    }
+    parts = Counter(state.loaded.family.part_of(name) or "other" for name in ranks)
+    checkpoint = json.loads((state.loaded.checkpoint_dir / "checkpoint.json").read_text(encoding="utf-8"))
+    content = {
+        "num_targets": len(ranks),
+        "num_targets_by_part": dict(parts),
+        "num_trainable_parameters": sum(shape.numel() for shape in shapes.values()),
+        "num_base_parameters": checkpoint["num_parameters"],
+        "base_name": checkpoint["source"],
+        "base_digest": None,
+        "targets": [{"name": name, "rank": rank} for name, rank in ranks.items()],
+        "modules_to_save": sorted({key.rpartition(".")[0] for key in shapes if ".lora_" not in key}),
+    }
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
 def _finish_adapted(adapted: PeftModel, state: FacadeState, adapter_dir: Path) -> PeftModel:
     from vlm.facade.saving import add_saving
     from vlm.lora.peft_model import CONFIG_FILE, TARGETS_FILE
 
-    for name in (CONFIG_FILE, TARGETS_FILE):
-        if (adapter_dir / name).is_file():
-            state.adapter_files[name] = (adapter_dir / name).read_bytes()
+    state.adapter_files[CONFIG_FILE] = (adapter_dir / CONFIG_FILE).read_bytes()
+    described = (adapter_dir / TARGETS_FILE).is_file()
+    # An adapter that was made elsewhere comes without our list of what it adapts.
+    state.adapter_files[TARGETS_FILE] = (
+        (adapter_dir / TARGETS_FILE).read_bytes() if described else _targets(adapted, state)
+    )
     # trl turns the adapter of a model that says so to bfloat16, where small updates are rounded away.
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         setattr(adapted, name, False)

@@ -5,6 +5,7 @@ Works without torchvision, which the stock processors of several families need e
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from vlm.errors import ConfigError, DataError
+from vlm.facade.hub import upload
 from vlm.facade.images import load_image
 from vlm.facade.messages import split_messages
 from vlm.facade.options import check_fixed
@@ -148,6 +150,31 @@ class VisionProcessor(ProcessorMixin):
         fixed = {"push_to_hub": (False, "call push_to_hub instead")}
         check_fixed("save_pretrained", {"push_to_hub": push_to_hub, **options}, fixed)
         self.processing.save(Path(save_directory))
+
+    def push_to_hub(  # type: ignore[override]  # fewer options than the base class, each with an effect
+        self,
+        repo_id: str,
+        token: str | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload processor",
+    ) -> str:
+        """Uploads what `save_pretrained` writes.
+
+        Args:
+            repo_id: ``"user/name"`` on the Hub, made if it is not there.
+            token: With write access; None takes the one of the login.
+            private: Of a new repository.
+            commit_message: Of the upload.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            ExportError: The Hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, token, private, commit_message)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlm.errors import ConfigError, ExportError
+from vlm.errors import ConfigError
+from vlm.facade.hub import upload
 from vlm.facade.options import check_fixed
 from vlm.facade.state import FacadeState, state_of
-from vlm.hub import network_errors
 
 _METHODS = ("merged_16bit", "lora")
 _UNITS = {"": 1e-6, "KB": 1e-3, "MB": 1.0, "GB": 1e3}
@@ -161,7 +161,7 @@ def push_to_hub(
     _check_processor(state_of(model), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return _upload(folder, repo_id, token, private, commit_message)
+        return upload(folder, repo_id, token, private, commit_message)
 
 
 def push_to_hub_merged(
@@ -194,32 +194,7 @@ def push_to_hub_merged(
     """
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained_merged(model, folder, tokenizer, save_method, max_shard_size)
-        return _upload(folder, repo_id, token, private, commit_message)
-
-
-def _upload(folder: str, repo_id: str, token: str | None, private: bool | None, message: str) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    api = HfApi(token=token)
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message))
-    except HFValidationError as error:
-        raise ExportError(f"{repo_id!r} is no name on the Hub ({error}); give 'user/name'") from error
-    except LocalTokenNotFoundError as error:
-        raise ExportError(
-            f"uploading to {repo_id!r} needs a login; run `hf auth login` or give token=… with write access"
-        ) from error
-    except network_errors(OfflineModeIsEnabled) as error:
-        raise ExportError(
-            f"the Hub cannot be reached for {repo_id!r} ({type(error).__name__}: {error}); connect to the network (and unset"
-            " HF_HUB_OFFLINE), or save to a folder with save_pretrained and upload that later"
-        ) from error
-    except HfHubHTTPError as error:
-        raise ExportError(
-            f"the Hub refuses the upload to {repo_id!r} ({error}); check the name and that the token may write to it"
-        ) from error
+        return upload(folder, repo_id, token, private, commit_message)
 
 
 def _check_processor(state: FacadeState, processor: Any) -> None:

@@ -113,7 +113,7 @@ class AdapterTrainer(SFTTrainer):
             optimizer.param_groups[:] = self._split_groups(optimizer.param_groups, names)
         return optimizer
 
-    def get_decay_parameter_names(self, model: Any, *others: Any) -> list[str]:
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices decay; norms, biases and DoRA's magnitudes do not.
 
         The stock rule goes by names, and takes some vision towers' RMSNorms for matrices.

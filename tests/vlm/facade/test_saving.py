@@ -84,6 +84,26 @@ def test_a_merged_model_is_the_trained_one(
     torch.testing.assert_close(logits(reloaded, batch)[mask], expected[mask], atol=2e-4, rtol=1e-3)
 
 
+def test_an_adapter_made_elsewhere(load: Callable, tmp_path: Path) -> None:
+    model, processor = load("qwen2_vl")
+    model = vlm.FastVisionModel.get_peft_model(model, r=2, rank_pattern={"v_proj": 1}, modules_to_save=["lm_head"])
+    stir(model)
+    model.save_pretrained(tmp_path / "lora")
+    own = json.loads((tmp_path / "lora" / "targets.json").read_text())
+    (tmp_path / "lora" / "targets.json").unlink()  # only we write this file
+    again, _ = vlm.FastVisionModel.from_pretrained(str(tmp_path / "lora"), load_in_4bit=False)
+    again.save_pretrained(tmp_path / "again")
+    found = json.loads((tmp_path / "again" / "targets.json").read_text())
+    for content in (own, found):
+        content.pop("seed", None)
+        content["targets"].sort(key=lambda target: target["name"])
+    assert found == own
+    again.save_pretrained_merged(tmp_path / "merged")
+    model.save_pretrained_merged(tmp_path / "expected", processor)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "expected")]
+    assert files[0] == files[1]
+
+
 def test_lora_as_a_method(load: Callable, tmp_path: Path) -> None:
     model, processor = load("qwen2_vl")
     model = vlm.FastVisionModel.get_peft_model(model, r=2)
@@ -127,6 +147,8 @@ def test_what_cannot_be_saved(load: Callable, tmp_path: Path) -> None:
 def test_uploading_offline_says_so(load: Callable) -> None:
     model, processor = load("qwen2_vl")
     model = vlm.FastVisionModel.get_peft_model(model, r=2)
+    with pytest.raises(ExportError, match="Hub cannot be reached"):
+        processor.push_to_hub("me/mine", token="hf_x")
     for push in (model.push_to_hub, model.push_to_hub_merged):
         with pytest.raises(ExportError, match=r"Hub cannot be reached for 'me/mine'.*save to a folder"):
             push("me/mine", processor, token="hf_x")
