@@ -138,7 +138,9 @@ def describe(error: ValidationError) -> str:
             lines.append(f"{name}: there is no such setting.{hint}")
         else:
             value = "" if isinstance(problem["input"], dict) else f" {problem['input']!r}"
-            lines.append(f"{name}{value}: {problem['msg'].removeprefix('Value error, ')}")
+            # What contradicts itself across sections has no name of its own; its message says all.
+            place = f"{name}{value}: " if name else ""
+            lines.append(f"{place}{problem['msg'].removeprefix('Value error, ')}")
     return "\n".join(lines)
 
 

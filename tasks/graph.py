@@ -109,6 +109,13 @@ def _data_settings(run: Resolved) -> Json:
     return settings
 
 
+def _lora_settings(run: Resolved) -> Json:
+    lora = run.config.lora
+    if lora.full_finetuning:
+        return {"full_finetuning": sorted(lora.full_finetuning)}
+    return lora.model_dump(mode="json", exclude={"full_finetuning"})
+
+
 def _training_settings(run: Resolved) -> Json:
     # How often a checkpoint is written changes no result.
     settings = run.config.training.model_dump(mode="json", exclude={"checkpoint_every_steps"})
@@ -145,7 +152,7 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             "configure_lora",
             ("adapter",),
             ("vlm.lora.build", "vlm.loading.checkpoint"),
-            lambda run: run.config.lora.model_dump(mode="json"),
+            _lora_settings,
             {"checkpoint": CHECKPOINT},
         ),
         Unit(

@@ -21,6 +21,7 @@ from artifacts.pins import Pin
 from artifacts.refs import ArtifactRef
 from artifacts.store import Store
 from tasks.graph import STEPS, Json, Resolved, StepName, Unit, units_for
+from vlm.cache import cache_directory
 from vlm.config import ModelConfig, RunConfig
 from vlm.loading.device import detect_device, resolve_precision, resolve_quantization
 from vlm.progress import counting_bytes
@@ -29,17 +30,6 @@ Outputs = dict[str, ArtifactRef]
 Build = Callable[[Path, Mapping[str, Path]], Json]
 
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "pillow", "vision-finetune")
-
-
-def cache_directory() -> Path:
-    """The folder for what can always be made again: file digests, downloads of remote artifacts.
-
-    ``VISION_FINETUNE_CACHE`` moves it; otherwise it lies in the user's cache folder.
-    """
-    if chosen := os.environ.get("VISION_FINETUNE_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "vision-finetune"
 
 
 def open_store(url: str, cache_dir: Path) -> Store:
@@ -116,7 +106,9 @@ class Session:
             # Forward and backward passes run in two threads, each with its own OpenMP pool. Pools that spin while they
             # wait take the cores from each other: eight times slower on two cores. Read when torch is loaded.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        quantization = resolve_quantization(config.model.quantization, device)
+        quantization = resolve_quantization(
+            config.model.quantization, device, full_finetuning=bool(config.lora.full_finetuning)
+        )
         config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": quantization})})
         resolved = Resolved(config, device, resolve_precision(config.model.precision, device))
         cache_dir = cache_directory()

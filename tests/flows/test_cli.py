@@ -70,6 +70,13 @@ def test_wrong_settings_are_named(tmp_path: Path, yaml: str, message: str) -> No
         parse(["--config", str(file)])
 
 
+def test_a_contradiction_between_sections_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"^export\.types has 'lora' but lora\.full_finetuning makes no adapter"):
+        parse(["--lora.full_finetuning", "vision,language"])
+    config, _ = parse(["--lora.full_finetuning", "vision,language", "--export.types", "merged_16bit"])
+    assert config.lora.full_finetuning == ("vision", "language")
+
+
 def test_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err

@@ -64,6 +64,17 @@ def test_all_seven_steps_run(first_run: dict[str, Any], small_settings: dict[str
     assert any(line.startswith("metric   cer") for line in lines)
 
 
+def test_full_finetuning_runs_through(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    full = {"lora": {"full_finetuning": ["projector", "language"], "rank": 16}, "export": {"types": ["merged_16bit"]}}
+    config = RunConfig.model_validate(small_settings | full)
+    summary = vision_finetune(config)
+    assert "prepare_dataset" not in ran(summary)
+    assert {"configure_lora", "train", "inference_mode.tuned", "evaluate_and_save.export.merged_16bit"} <= ran(summary)
+    names = {path.name for path in Path(summary["locations"]["adapter"]).iterdir()}
+    assert names == {"adapter_model.safetensors", "targets.json"}
+    assert ran(vision_finetune(config)) == set()
+
+
 def test_a_rerun_does_nothing(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
     again = vision_finetune(RunConfig.model_validate(small_settings))
     assert ran(again) == set()

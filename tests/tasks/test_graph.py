@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from tasks.graph import STEPS, Resolved, units_for
 from vlm.config import RunConfig
@@ -19,6 +19,7 @@ NOT_IN_KEYS = {
     "model.precision": "what it resolves to is",
     "data.sources": "their content is",
     "training.checkpoint_every_steps": "changes no result",
+    "lora.full_finetuning": "excludes all other settings of its section, so it has a test of its own",
     "generation.evaluate_base_model": "decides which units there are",
     "export.types": "decides which units there are",
     "export.destination": "a copy is no artifact",
@@ -37,6 +38,10 @@ OTHER_VALUES: dict[str, Any] = {
     "evaluation.unicode_form": "NFKC",
     "lora.rank_pattern": {"q_proj": 4},
     "data.columns.images": ["scan"],
+    "lora.last_language_layers": 3,
+    "lora.last_vision_layers": 3,
+    "training.vision_learning_rate": 1e-5,
+    "training.projector_learning_rate": 1e-5,
 }
 
 
@@ -97,6 +102,36 @@ def test_settings_kept_out_of_keys_change_none(name: str) -> None:
     section, leaf = name.split(".")
     tree[section][leaf] = value if value is not None else (17 if "steps" in name else "other")
     assert settings_of(RunConfig.model_validate(tree)) == settings_of(RunConfig())
+
+
+@pytest.mark.parametrize("parts", [["vision"], ["projector"], ["vision", "projector", "language"]])
+def test_full_finetuning_is_in_the_key_of_the_adapter_alone(parts: list[str]) -> None:
+    unquantised = {"model": {"quantization": "none"}, "export": {"types": ["merged_16bit"]}}
+    base = settings_of(RunConfig.model_validate(unquantised))
+    full = settings_of(RunConfig.model_validate(unquantised | {"lora": {"full_finetuning": parts}}))
+    assert {name for name in base if base[name] != full[name]} == {"configure_lora"}
+    assert full["configure_lora"] == {"full_finetuning": sorted(parts)}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"model": {"quantization": "nf4"}, "export": {"types": []}}, "set model.quantization to 'none'"),
+        ({"export": {"types": ["lora"]}}, "makes no adapter; set export.types to"),
+        ({"export": {"types": []}, "lora": {"rank": 4}}, "lora.rank would have no effect"),
+        ({"export": {"types": []}, "lora": {"full_finetuning": ["vision", "vision"]}}, "names a part twice"),
+    ],
+)
+def test_full_finetuning_refuses_what_contradicts_it(tree: dict[str, Any], message: str) -> None:
+    lora = {"full_finetuning": ["vision"]} | tree.get("lora", {})
+    with pytest.raises(ValidationError, match=message):
+        RunConfig.model_validate(tree | {"lora": lora})
+
+
+@pytest.mark.parametrize("tower", ["language", "vision"])
+def test_last_layers_of_a_tower_that_is_off_are_refused(tower: str) -> None:
+    with pytest.raises(ValidationError, match=f"last_{tower}_layers 2 has no effect"):
+        RunConfig.model_validate({"lora": {f"last_{tower}_layers": 2, f"finetune_{tower}_layers": False}})
 
 
 def test_learning_rate_and_rank_share_what_lies_above_them() -> None:

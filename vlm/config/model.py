@@ -47,11 +47,22 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """Which layers learn, and how."""
 
+    full_finetuning: tuple[Part, ...] = Field(
+        (),
+        description="Parts whose weights are all trained, without any adapter: 'vision', 'projector', 'language' (with its"
+        " head). Needs model.quantization 'none'. () trains an adapter as set below.",
+    )
     finetune_vision_layers: bool = Field(True, description="Adapt the vision tower.")
     finetune_language_layers: bool = Field(True, description="Adapt the language model.")
     finetune_attention_modules: bool = Field(True, description="Adapt attention projections in the chosen towers.")
     finetune_mlp_modules: bool = Field(True, description="Adapt feed-forward layers in the chosen towers.")
     finetune_projector: bool = Field(False, description="Adapt the projector between vision tower and language model.")
+    last_language_layers: int | None = Field(
+        None, ge=1, description="Adapt only this many layers of the language model, the last ones; None adapts all."
+    )
+    last_vision_layers: int | None = Field(
+        None, ge=1, description="Adapt only this many layers of the vision encoders, the last ones; None adapts all."
+    )
     target_modules: tuple[str, ...] = Field(
         (),
         description="Explicit targets instead of the switches: full module names, name endings ('q_proj'), or regular expressions that match a full name.",
@@ -71,6 +82,36 @@ class LoraConfig(Section):
         (), description="Modules trained whole and saved with the adapter, such as 'lm_head'."
     )
     seed: int = Field(0, ge=0, description="Of the initial adapter weights.")
+
+    @model_validator(mode="after")
+    def _nothing_beside_full_finetuning(self) -> LoraConfig:
+        if not self.full_finetuning:
+            return self
+        if len(set(self.full_finetuning)) != len(self.full_finetuning):
+            raise ValueError(f"full_finetuning {list(self.full_finetuning)} names a part twice; name each once")
+        idle = [
+            name
+            for name, field in type(self).model_fields.items()
+            if name != "full_finetuning" and getattr(self, name) != field.get_default(call_default_factory=True)
+        ]
+        if idle:
+            raise ValueError(
+                f"full_finetuning trains without an adapter, so lora.{idle[0]} would have no effect; leave it out, or leave"
+                " full_finetuning out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_of_adapted_towers(self) -> LoraConfig:
+        if self.target_modules:
+            return self
+        for name, switch in (
+            ("last_language_layers", "finetune_language_layers"),
+            ("last_vision_layers", "finetune_vision_layers"),
+        ):
+            if getattr(self, name) is not None and not getattr(self, switch):
+                raise ValueError(f"{name} {getattr(self, name)} has no effect while {switch} is off; drop one of them")
+        return self
 
     @model_validator(mode="after")
     def _some_target(self) -> LoraConfig:

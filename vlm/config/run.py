@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlm.config.base import Section
 from vlm.config.data import DataConfig
@@ -47,3 +47,18 @@ class RunConfig(Section):
     export: ExportConfig = Field(ExportConfig(), description="Step 7: what is written for use elsewhere.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="Experiment tracking.")
     runtime: RuntimeConfig = Field(RuntimeConfig(), description="Where things run and are kept.")
+
+    @model_validator(mode="after")
+    def _full_finetuning_is_possible(self) -> RunConfig:
+        if not self.lora.full_finetuning:
+            return self
+        if self.model.quantization not in ("auto", "none"):
+            raise ValueError(
+                f"lora.full_finetuning trains the weights themselves, which model.quantization {self.model.quantization!r}"
+                " takes away; set model.quantization to 'none' (or 'auto')"
+            )
+        if "lora" in self.export.types:
+            raise ValueError(
+                "export.types has 'lora' but lora.full_finetuning makes no adapter; set export.types to ['merged_16bit'] or []"
+            )
+        return self

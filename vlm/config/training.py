@@ -21,6 +21,12 @@ class TrainingConfig(Section):
         4, ge=1, description="Passes per optimiser step; the effective batch is their product."
     )
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
+    vision_learning_rate: float | None = Field(
+        None, gt=0, le=1, description="Peak learning rate of the vision tower; None takes `learning_rate`."
+    )
+    projector_learning_rate: float | None = Field(
+        None, gt=0, le=1, description="Peak learning rate of the projector; None takes `learning_rate`."
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="How the learning rate falls after the warm-up."
     )

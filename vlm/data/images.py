@@ -106,7 +106,7 @@ def pillow_limit_off() -> Iterator[None]:
 
 def is_missing(value: Any) -> bool:
     """Whether a cell holds no image at all, which is allowed: such rows are text only."""
-    if value is None or value == "" or value == b"":
+    if value is None or (isinstance(value, str | bytes) and not value):
         return True
     return isinstance(value, dict) and not value.get("bytes") and not value.get("path")
 

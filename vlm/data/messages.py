@@ -45,7 +45,7 @@ def parse_conversation(value: Any, row_images: list[Any]) -> tuple[list[dict[str
                 "bad_role", f"message {number} has the role {role!r}; known: {', '.join(_ROLES)}", role=str(role)
             )
         parts: list[dict[str, Any]] = []
-        for part in _parts(turn["content"], number):
+        for part in content_parts(turn["content"], number):
             if part["type"] == "text":
                 parts.append({"type": "text", "text": part["text"]})
                 continue
@@ -88,8 +88,16 @@ def _as_list(value: Any) -> list[Any]:
     return list(value)
 
 
-def _parts(content: Any, number: int) -> list[dict[str, Any]]:
-    """Parts as ``{"type": "text", "text"}`` or ``{"type": "image", "reference"}``."""
+def content_parts(content: Any, number: int) -> list[dict[str, Any]]:
+    """One turn's content as parts ``{"type": "text", "text"}`` and ``{"type": "image", "reference"}``.
+
+    Args:
+        content: Text, or a list of parts.
+        number: Of the turn, for messages.
+
+    Raises:
+        RowError: It is neither, or has a part of another type.
+    """
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple):

@@ -31,6 +31,11 @@ def export_lora(
         ExportError: The adapter's weights are not those of its list of targets.
     """
     targets = json.loads((adapter_dir / TARGETS_FILE).read_text(encoding="utf-8"))
+    if targets.get("full_finetuning"):
+        raise ExportError(
+            f"export.types has 'lora' but {', '.join(targets['full_finetuning'])} were trained whole, without an adapter;"
+            " export 'merged_16bit'"
+        )
     _check_complete(adapter_dir, targets)
     copy_files(checkpoint_dir / "processor", output_dir)
     for name in (CONFIG_FILE, WEIGHTS_FILE, TARGETS_FILE):

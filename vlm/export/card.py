@@ -36,6 +36,8 @@ def model_card(
         Markdown with the front matter that the Hub reads.
     """
     base = checkpoint["source"]
+    full = targets.get("full_finetuning")
+    learning = f"Trained whole: {', '.join(full)}" if full else f"Adapted modules: {targets['num_targets']}"
     lines = ["---"]
     if base.count("/") == 1:  # only a Hub name means anything to others
         lines.append(f"base_model: {base}")
@@ -43,13 +45,13 @@ def model_card(
         f"library_name: {'peft' if kind == 'lora' else 'transformers'}",
         "pipeline_tag: image-text-to-text",
         "tags:",
-        "- lora" if kind == "lora" else "- merged",
+        "- lora" if kind == "lora" else "- full-finetuning" if full else "- merged",
         "---",
         "",
         f"# {'LoRA adapter for' if kind == 'lora' else 'Fine-tuned'} {base}",
         "",
         f"- Base model: `{base}`, stored as {checkpoint['quantization']} ({checkpoint['dtype']}) during training",
-        f"- Adapted modules: {targets['num_targets']}; trained parameters: {targets['num_trainable_parameters']:,}"
+        f"- {learning}; trained parameters: {targets['num_trainable_parameters']:,}"
         f" of {targets['num_base_parameters']:,}",
     ]
     if targets["modules_to_save"]:

@@ -30,6 +30,7 @@ from vlm.export.adapter import copy_files
 from vlm.export.card import model_card
 from vlm.export.shards import ShardWriter
 from vlm.export.stored_weights import StoredWeights, stored_config, stored_names
+from vlm.lora.full import full_parts
 from vlm.lora.peft_model import TARGETS_FILE, WEIGHTS_FILE, read_config
 
 _PREFIX = "base_model.model."
@@ -98,7 +99,7 @@ def export_merged_16bit(
         metrics: Content of ``metrics.json`` for the card, if wanted.
 
     Returns:
-        Number of merged modules.
+        Number of merged modules; after full fine-tuning, of trained tensors.
 
     Raises:
         ExportError: Adapter and checkpoint do not fit together, or what was written is not what was trained.
@@ -118,8 +119,10 @@ def export_merged_16bit(
     )
     key_of = stored_names(bare)
     name_of = {key: name for name, key in key_of.items()}
-    factors, whole = read_adapter(adapter_dir)
-    untied = _untied_names(bare, config, whole)
+    is_full = bool(full_parts(adapter_dir))
+    factors, whole = ({}, load_file(adapter_dir / WEIGHTS_FILE)) if is_full else read_adapter(adapter_dir)
+    # In full fine-tuning, tied weights are trained as the one weight that they are.
+    untied = {} if is_full else _untied_names(bare, config, whole)
 
     writer = ShardWriter(output_dir, max_shard_size_mb * 1_000_000)
     merged: dict[str, torch.Tensor] = {}
@@ -173,7 +176,7 @@ def export_merged_16bit(
     copy_files(checkpoint_dir / "processor", output_dir)
     card = model_card("merged_16bit", description, targets, metrics)
     (output_dir / "README.md").write_text(card, encoding="utf-8", newline="\n")
-    return len(merged)
+    return len(replaced) if is_full else len(merged)
 
 
 def read_adapter(adapter_dir: Path) -> tuple[dict[str, LoraFactors], dict[str, torch.Tensor]]:

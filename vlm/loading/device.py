@@ -68,16 +68,17 @@ def resolve_precision(precision: Precision, device: str) -> str:
     return "bfloat16" if capability >= _BFLOAT16_CAPABILITY else "float16"
 
 
-def resolve_quantization(quantization: Quantization, device: str) -> Quantization:
+def resolve_quantization(quantization: Quantization, device: str, *, full_finetuning: bool = False) -> Quantization:
     """Settles ``"auto"``: NF4 on a GPU, where memory is scarce; none on a CPU, where unpacking costs more than it saves.
 
     Args:
         quantization: The setting.
         device: ``"cpu"`` or ``"cuda"``.
+        full_finetuning: Weights are to be trained themselves, so none.
     """
     if quantization != "auto":
         return quantization
-    return "none" if device == "cpu" else "nf4"
+    return "none" if device == "cpu" or full_finetuning else "nf4"
 
 
 def _missing_for_cuda() -> str | None:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from vlm.errors import LoraError
+from vlm.lora.full import attach_full, detach_full, full_parts
 from vlm.lora.peft_model import (
     TARGETS_FILE,
     WEIGHTS_FILE,
+    WHOLE_ATTRIBUTE,
     adapter_parameters,
     load_tensors,
     read_config,
@@ -39,7 +41,7 @@ def attach_adapter(
         base_digest: Digest of the base checkpoint, where known.
 
     Returns:
-        The adapted model, in evaluation mode.
+        The adapted model, in evaluation mode; the base model itself where its own weights are trained.
 
     Raises:
         LoraError: The adapter was made for another base, or does not fit exactly.
@@ -52,6 +54,8 @@ def attach_adapter(
             f"the adapter was made for base checkpoint {recorded[:12]} but this is {base_digest[:12]};"
             " load the base that it was made for, or make a new adapter"
         )
+    if full_parts(adapter_dir):
+        return attach_full(loaded, adapter_dir, trainable=trainable)
     config = read_config(adapter_dir)
     config.inference_mode = not trainable
     names = [name for name, _ in loaded.model.named_modules()]
@@ -88,7 +92,10 @@ def detach_adapter(peft_model: PeftModel) -> None:
     Args:
         peft_model: What ``attach_adapter`` gave.
     """
-    unwrap(peft_model)
+    if hasattr(peft_model, WHOLE_ATTRIBUTE):
+        detach_full(peft_model)
+    else:
+        unwrap(peft_model)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm.config import LoraConfig
+from vlm.lora.full import describe_full
 from vlm.lora.peft_model import TARGETS_FILE, WEIGHTS_FILE, adapter_parameters, save_tensors, unwrap, wrap, write_config
 from vlm.lora.targets import Selection, select
 from vlm.summary import Summary
@@ -33,9 +34,9 @@ class AdapterSummary(Summary):
     """The head of ``targets.json``."""
 
     num_targets: int
-    """Adapted modules."""
+    """Adapted modules; in full fine-tuning, trained tensors."""
     num_targets_by_part: dict[str, int]
-    """Adapted modules by part of the model."""
+    """The same by part of the model."""
     num_trainable_parameters: int
     """Parameters that learn."""
     num_base_parameters: int
@@ -51,6 +52,8 @@ def build_adapter(
 ) -> AdapterSummary:
     """Writes the initial adapter: its weights, its configuration and ``targets.json``.
 
+    For full fine-tuning, ``targets.json`` alone: the weights are the base's.
+
     Args:
         loaded: The base model; as before when this returns.
         lora: Which layers learn, and how.
@@ -63,10 +66,19 @@ def build_adapter(
     Raises:
         LoraError: A name matches nothing, or a module cannot be trained.
     """
-    selection = select(loaded.model, loaded.family, lora)
     checkpoint = json.loads((loaded.checkpoint_dir / "checkpoint.json").read_text(encoding="utf-8"))
-    config = peft_config(selection, lora, checkpoint["source"])
     output_dir.mkdir(parents=True, exist_ok=True)
+    base = {
+        "num_base_parameters": checkpoint["num_parameters"],
+        "base_name": checkpoint["source"],
+        "base_digest": base_digest,
+    }
+    if lora.full_finetuning:
+        summary = AdapterSummary(**describe_full(loaded, lora), **base)
+        _write_targets(output_dir, summary, full_finetuning=sorted(lora.full_finetuning))
+        return summary
+    selection = select(loaded.model, loaded.family, lora)
+    config = peft_config(selection, lora, checkpoint["source"])
     peft_model = wrap(loaded.model, config)
     try:
         initialize(peft_model, lora.seed)
@@ -81,19 +93,22 @@ def build_adapter(
             sorted(Counter(loaded.family.part_of(name) or "other" for name in selection.targets).items())
         ),
         num_trainable_parameters=num_trainable,
-        num_base_parameters=checkpoint["num_parameters"],
-        base_name=checkpoint["source"],
-        base_digest=base_digest,
+        **base,
     )
-    content = {
-        **summary.to_json(),
-        "targets": [{"name": name, "rank": selection.ranks[name]} for name in selection.targets],
-        "modules_to_save": list(selection.modules_to_save),
-        "seed": lora.seed,
-    }
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    (output_dir / TARGETS_FILE).write_text(text, encoding="utf-8", newline="\n")
+    _write_targets(
+        output_dir,
+        summary,
+        targets=[{"name": name, "rank": selection.ranks[name]} for name in selection.targets],
+        modules_to_save=list(selection.modules_to_save),
+        seed=lora.seed,
+    )
     return summary
+
+
+def _write_targets(output_dir: Path, summary: AdapterSummary, **content: Any) -> None:
+    lists: dict[str, list[Any]] = {"targets": [], "modules_to_save": []}
+    text = json.dumps({**summary.to_json(), **lists, **content}, indent=2, sort_keys=True) + "\n"
+    (output_dir / TARGETS_FILE).write_text(text, encoding="utf-8", newline="\n")
 
 
 def peft_config(selection: Selection, lora: LoraConfig, base_name: str) -> PeftLoraConfig:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 TARGETS_FILE = "targets.json"
+# Where a model whose own weights are trained, without an adapter, keeps them by name.
+WHOLE_ATTRIBUTE = "trained_whole_parameters"
 _ADAPTER = "default"
 
 
@@ -97,11 +99,14 @@ def adapter_parameters(peft_model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """The adapter's live parameters under the names that peft gives them in a file.
 
     Args:
-        peft_model: A model with an adapter.
+        peft_model: A model with an adapter, or one whose own weights are trained; those go by their full names.
 
     Returns:
         Parameters by file key, sorted.
     """
+    whole: dict[str, torch.nn.Parameter] | None = getattr(peft_model, WHOLE_ATTRIBUTE, None)
+    if whole is not None:
+        return whole
     found = {}
     for name, parameter in peft_model.named_parameters(remove_duplicate=False):
         if f".modules_to_save.{_ADAPTER}." in name:
@@ -111,6 +116,15 @@ def adapter_parameters(peft_model: PeftModel) -> dict[str, torch.nn.Parameter]:
         elif re.search(rf"\.lora_\w+\.{_ADAPTER}(\.|$)", name):
             found[re.sub(rf"\.{_ADAPTER}(?=\.|$)", "", name)] = parameter
     return dict(sorted(found.items()))
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model inside an adapted one; a model without adapter is its own.
+
+    Args:
+        model: With or without adapter.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def save_tensors(peft_model: PeftModel, path: Path) -> None:

@@ -55,6 +55,7 @@ def select_targets(model_or_names: Any, family: Family, lora: LoraConfig) -> lis
         chosen = {name for target in lora.target_modules for name in _matches(target, names, "lora.target_modules")}
     else:
         chosen = {name for pattern in switched_patterns(family, lora) for name in names if re.fullmatch(pattern, name)}
+    chosen = _in_last_layers(names, chosen, family, lora)
     excluded = {name for target in lora.exclude_modules for name in _matches(target, names, "lora.exclude_modules")}
     targets = [name for name in names if name in chosen and name not in excluded]
     heads = [name for name in targets if family.part_of(name) == "head"]
@@ -86,6 +87,39 @@ def switched_patterns(family: Family, lora: LoraConfig) -> list[str]:
     if lora.finetune_projector:
         on.append(family.projector)
     return on
+
+
+def _in_last_layers(names: Sequence[str], chosen: set[str], family: Family, lora: LoraConfig) -> set[str]:
+    """Leaves out targets in layers before the last ones that the settings ask for; targets outside layers stay.
+
+    Layers of several vision encoders count together, in the model's order.
+    """
+    for setting, pattern in (
+        ("last_language_layers", family.language_layer),
+        ("last_vision_layers", family.vision_layer),
+    ):
+        number = getattr(lora, setting)
+        if number is None:
+            continue
+        layer_of = {name: _layer_of(name, pattern) for name in names}
+        layers = list(dict.fromkeys(layer for layer in layer_of.values() if layer is not None))
+        if number > len(layers):
+            raise LoraError(
+                f"lora.{setting} is {number} but the model has {len(layers)} such layers; lower it, or leave it out to adapt"
+                " all"
+            )
+        if not any(layer_of[name] for name in chosen):
+            raise LoraError(f"lora.{setting} is {number} but no target is in such a layer; leave it out")
+        left_out = set(layers[: len(layers) - number])
+        chosen = {name for name in chosen if layer_of[name] not in left_out}
+    return chosen
+
+
+def _layer_of(name: str, pattern: str) -> str | None:
+    """The layer that a module is in: its shortest prefix that matches."""
+    words = name.split(".")
+    prefixes = (".".join(words[:length]) for length in range(1, len(words) + 1))
+    return next((prefix for prefix in prefixes if re.fullmatch(pattern, prefix)), None)
 
 
 def select(model: Any, family: Family, lora: LoraConfig) -> Selection:

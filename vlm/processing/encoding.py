@@ -174,6 +174,28 @@ class ChatEncoder:
         ids, starts, ends = self._tokenise(segments)
         return _write_out(ids, starts, ends, turns, runs, self._backend.token_to_id)
 
+    def encode_text(self, text: str, layouts: Sequence[ImageLayout]) -> Encoded:
+        """Encodes text that a chat template has rendered already; control tokens in it count as such.
+
+        Args:
+            text: Rendered text with one placeholder per image.
+            layouts: What stands for each image, in the order of the placeholders.
+
+        Raises:
+            DataError: The text has places for another number of images.
+        """
+        segments, runs, _ = self._expand(text, [], layouts, None)
+        ids, starts, ends = self._tokenise(segments)
+        return _write_out(ids, starts, ends, [], runs, self._backend.token_to_id)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """The conversation as the chat template writes it, image placeholders not yet expanded.
+
+        Raises:
+            DataError: The template refuses the conversation.
+        """
+        return self._render(messages, add_generation_prompt)
+
     def _protect(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Mapping[str, Any]], list[str] | None]:
         """Puts one private-use character in place of each control token in people's text; None where there is none."""
         if not any(self._control_tokens.search(text) for message in messages for text in _texts(message)):

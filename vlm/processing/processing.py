@@ -176,6 +176,27 @@ class Processing:
         layouts = [self.family.image_layout(self._parts, height, width) for height, width in image_sizes]
         return self._encoder.encode(messages, layouts, add_generation_prompt)
 
+    def encode_text(self, text: str, image_sizes: Sequence[tuple[int, int]]) -> Encoded:
+        """Tokenises text that `render` has made; it has no assistant spans.
+
+        Args:
+            text: With one placeholder per image.
+            image_sizes: Height and width of each image at its target size, in the order of the placeholders.
+
+        Raises:
+            DataError: The text has places for another number of images.
+        """
+        layouts = [self.family.image_layout(self._parts, height, width) for height, width in image_sizes]
+        return self._encoder.encode_text(text, layouts)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
+        """The conversation as the chat template writes it, with one placeholder per image.
+
+        Raises:
+            DataError: The chat template refuses the conversation.
+        """
+        return self._encoder.render(messages, add_generation_prompt)
+
     def num_image_tokens(self, height: int, width: int) -> int:
         """Number of media tokens that an image of this target size takes in the sequence."""
         layout = self.family.image_layout(self._parts, height, width)

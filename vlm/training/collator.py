@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,13 @@ class VisionDataCollator:
     Args:
         processing: Gives image tensors and ids of control tokens.
         train_on_prompts: Put loss on everything but padding and media tokens, rather than on the assistant's words.
+        pad_to_multiple_of: Makes the length of every batch a multiple of this.
     """
 
-    def __init__(self, processing: Processing, *, train_on_prompts: bool = False) -> None:
+    def __init__(self, processing: Processing, *, train_on_prompts: bool = False, pad_to_multiple_of: int = 1) -> None:
         self.processing = processing
         self.train_on_prompts = train_on_prompts
+        self.pad_to_multiple_of = pad_to_multiple_of
         self._media = torch.tensor(sorted(processing.media_token_ids), dtype=torch.long)
 
     def __call__(self, rows: Sequence[PreparedRow]) -> dict[str, Any]:
@@ -37,7 +40,8 @@ class VisionDataCollator:
             ``input_ids``, ``attention_mask`` and ``labels``, tensors of shape [batch, sequence], and the model's image
             tensors. Labels are not shifted: the model or the trainer does that.
         """
-        length = max(len(row.input_ids) for row in rows)
+        longest = max(len(row.input_ids) for row in rows)
+        length = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
         ids = torch.full((len(rows), length), self.processing.pad_token_id, dtype=torch.long)
         mask = torch.zeros((len(rows), length), dtype=torch.long)
         labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)

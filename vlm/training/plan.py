@@ -23,8 +23,10 @@ import numpy.typing as npt
 
 from vlm.config import TrainingConfig
 from vlm.errors import ConfigError, DataError, ResourceError
+from vlm.families import Family, family_by_name
 from vlm.summary import Summary
 from vlm.training.memory import MemoryEstimate, estimate_memory
+from vlm.training.rates import check_rates
 
 PLAN_FILE = "plan.json"
 BATCHES_FILE = "batches.arrow"
@@ -117,6 +119,7 @@ def make_plan(
 
     Raises:
         DataError: The dataset has no training rows.
+        ConfigError: A learning rate is for a part in which nothing learns.
         ResourceError: The costliest micro-batch cannot fit into the GPU's memory; names the sample.
     """
     from vlm.data.prepared import PreparedDataset
@@ -133,14 +136,20 @@ def make_plan(
 
     config = json.loads((checkpoint_dir / "model" / "config.json").read_text(encoding="utf-8"))
     adapter = json.loads((adapter_dir / "targets.json").read_text(encoding="utf-8"))
+    description = json.loads((checkpoint_dir / "checkpoint.json").read_text(encoding="utf-8"))
+    trained_parts = _trained_parts(adapter, family_by_name(description["family"]))
+    check_rates(training, trained_parts)
     weights_bytes = sum(path.stat().st_size for path in (checkpoint_dir / "model").glob("*.safetensors"))
+    if adapter.get("full_finetuning"):
+        # Those weights make room for their float32 copies, which are counted with the optimiser.
+        weights_bytes -= min(weights_bytes, adapter["num_trainable_parameters"] * _VALUE_BYTES[dtype])
 
     def estimate(length_tokens: int, num_visual_tokens: int) -> MemoryEstimate:
         return estimate_memory(
             config,
             weights_bytes=weights_bytes,
             num_trainable=adapter["num_trainable_parameters"],
-            trains_vision=adapter["num_targets_by_part"].get("vision", 0) > 0,
+            trains_vision="vision" in trained_parts,
             length_tokens=length_tokens,
             num_visual_tokens=num_visual_tokens,
             value_bytes=_VALUE_BYTES[dtype],
@@ -252,6 +261,11 @@ def _write_batches(batches: Sequence[tuple[int, npt.NDArray[np.int64]]], path: P
     # The stream format: what `datasets` maps into memory without a copy.
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         writer.write_table(table)
+
+
+def _trained_parts(adapter: dict[str, Any], family: Family) -> set[str | None]:
+    """Parts in which something learns, by an adapter's ``targets.json``."""
+    return {*adapter["num_targets_by_part"], *(family.part_of(name) for name in adapter["modules_to_save"])}
 
 
 def _device_memory_bytes(device: str) -> int | None:

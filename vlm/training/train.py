@@ -19,7 +19,7 @@ import torch
 from vlm.config import TrainingConfig
 from vlm.errors import ConfigError
 from vlm.lora.attach import attach_adapter, detach_adapter
-from vlm.lora.peft_model import CONFIG_FILE, TARGETS_FILE, WEIGHTS_FILE, save_tensors
+from vlm.lora.peft_model import CONFIG_FILE, TARGETS_FILE, WEIGHTS_FILE, base_model, save_tensors
 from vlm.training import checkpoints
 from vlm.training.interrupt import StopFlag, TrainingInterrupted
 from vlm.training.plan import BATCHES_FILE, PLAN_FILE, PlanSummary, read_plan
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from vlm.data.prepared import PreparedDataset
     from vlm.loading.checkpoint import LoadedModel
     from vlm.training.collator import VisionDataCollator
+
+_DESCRIPTION_FILES = (WEIGHTS_FILE, CONFIG_FILE, TARGETS_FILE)
 
 
 def train_adapter(
@@ -77,8 +79,7 @@ def train_adapter(
         {
             "plan": plan_dir / PLAN_FILE,
             "batches": plan_dir / BATCHES_FILE,
-            "adapter": adapter_dir / WEIGHTS_FILE,
-            "config": adapter_dir / CONFIG_FILE,
+            **{name: adapter_dir / name for name in _DESCRIPTION_FILES if (adapter_dir / name).is_file()},
             "training": training.model_dump_json(exclude={"checkpoint_every_steps", "log_every_steps"}),
         }
     )
@@ -119,7 +120,9 @@ def train_adapter(
             (output_dir / name).mkdir(parents=True, exist_ok=True)
         save_tensors(peft_model, output_dir / "adapter" / WEIGHTS_FILE)
         for name in (CONFIG_FILE, TARGETS_FILE):
-            shutil.copyfile(adapter_dir / name, output_dir / "adapter" / name)
+            # Full fine-tuning has no configuration of an adapter.
+            if (adapter_dir / name).is_file():
+                shutil.copyfile(adapter_dir / name, output_dir / "adapter" / name)
         return write_results(
             trainer.state.log_history,
             output_dir / "training",
@@ -152,12 +155,15 @@ def _trainer(
     from vlm.training.arguments import training_arguments
     from vlm.training.callbacks import Pace, ProgressBar, StopAtStepBoundary
     from vlm.training.collator import VisionDataCollator
+    from vlm.training.rates import check_rates, rates_by_part, split_groups
     from vlm.training.trainer import AdapterTrainer, checkpointed, forward_restored
 
-    base = peft_model.get_base_model()
+    base = base_model(peft_model)
     trained_parts = {
         loaded.family.part_of(name) for name, parameter in base.named_parameters() if parameter.requires_grad
     }
+    check_rates(training, trained_parts)
+    rates = rates_by_part(training)
     stack.enter_context(forward_restored(base))
     stack.enter_context(
         checkpointed(
@@ -185,6 +191,7 @@ def _trainer(
         collate_validation=partial(_collate, collator, validation),
         identity=identity,
         pace=pace,
+        split_groups=partial(split_groups, family=loaded.family, rates=rates) if rates else None,
         # The stop flag is looked at last, so that nothing else of the step is left out.
         callbacks=[progress, *callbacks, StopAtStepBoundary(flag)],
     )

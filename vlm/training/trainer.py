@@ -48,6 +48,7 @@ class AdapterTrainer(SFTTrainer):
         collate_validation: As `collate`, for the validation split.
         identity: Of the training, for its checkpoints.
         pace: Counts tokens and samples.
+        split_groups: Changes the optimiser's parameter groups before its first step, given their names.
         callbacks: More `TrainerCallback`s.
     """
 
@@ -63,6 +64,7 @@ class AdapterTrainer(SFTTrainer):
         collate_validation: Callable[[Rows], dict[str, Any]],
         identity: str,
         pace: Pace,
+        split_groups: Callable[[list[dict[str, Any]], dict[Any, str]], list[dict[str, Any]]] | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         self._validation = validation
@@ -72,6 +74,7 @@ class AdapterTrainer(SFTTrainer):
         self._work_dir = Path(str(args.output_dir))
         self._peft_model = model
         self._pace = pace
+        self._split_groups = split_groups
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(
             model=model,
@@ -100,6 +103,22 @@ class AdapterTrainer(SFTTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: it walks over all parameters for every micro-batch."""
         return 0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The usual optimiser; its groups are split where parts have learning rates of their own."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self._split_groups is not None:
+            names = {parameter: name for name, parameter in self._peft_model.named_parameters()}
+            optimizer.param_groups[:] = self._split_groups(optimizer.param_groups, names)
+        return optimizer
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Matrices decay; norms, biases and DoRA's magnitudes do not.
+
+        The stock rule goes by names, and takes some vision towers' RMSNorms for matrices.
+        """
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self._batches)

@@ -14,6 +14,7 @@ from vlm.export import export
 from vlm.families import FAMILIES
 from vlm.lora.attach import attached
 from vlm.lora.build import build_adapter
+from vlm.lora.peft_model import adapter_parameters, save_tensors
 from vlm.processing import Processing
 
 PLAIN = LoraConfig(rank=4)
@@ -154,6 +155,66 @@ def test_the_same_export_gives_the_same_bytes(tiny_run: Callable, tmp_path: Path
                 twin = tmp_path / kind / "second" / path.relative_to(tmp_path / kind / "first")
                 assert path.read_bytes() == twin.read_bytes(), path.name
                 assert str(tmp_path).encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("parts", [("vision", "projector", "language"), ("projector",)], ids=["all", "projector"])
+def test_fully_trained_weights_are_exported_as_they_are(
+    tiny_run: Callable, tmp_path: Path, model_type: str, parts: tuple[Any, ...]
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    run = tiny_run(model_type)
+    adapter = make_fully_trained(run, tmp_path / "adapter", LoraConfig(full_finetuning=parts))
+    batch = batch_of(run.loaded, run.dataset_dir, "train", [0, 1, 2])
+    with attached(run.loaded, adapter) as model:
+        expected = logits(model, batch)
+    summary = run_export("merged_16bit", run, adapter, tmp_path / "merged", max_shard_size_mb=1)
+    merged = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "merged", dtype="auto", local_files_only=True
+    ).eval()
+    assert torch.equal(logits(merged, batch), expected)
+    assert summary.num_adapted_modules == json.loads((adapter / "targets.json").read_text())["num_targets"]
+    assert f"Trained whole: {', '.join(sorted(parts))};" in (tmp_path / "merged" / "README.md").read_text()
+    with pytest.raises(ExportError, match="trained whole, without an adapter; export 'merged_16bit'"):
+        run_export("lora", run, adapter, tmp_path / "lora")
+
+
+def make_fully_trained(run: Any, folder: Path, lora: LoraConfig) -> Path:
+    build_adapter(run.loaded, lora, folder)
+    generator = torch.Generator().manual_seed(1)
+    with attached(run.loaded, folder, trainable=True) as model:
+        for parameter in adapter_parameters(model).values():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        save_tensors(model, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_tied_weights_trained_whole_stay_tied(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from tests.support.tiny_models import make_tiny_checkpoint
+    from tests.support.tiny_runs import load, mixed_rows, write_dataset
+    from tests.vlm.conftest import TinyRun
+    from vlm.config import ModelConfig
+    from vlm.loading.build import build_checkpoint
+
+    source = make_tiny_checkpoint("qwen2_vl", tmp_path / "source", tie_word_embeddings=True)
+    build_checkpoint(
+        ModelConfig(name=str(source), quantization="none"), tmp_path / "checkpoint", device="cpu", dtype="float32"
+    )
+    loaded = load(tmp_path / "checkpoint")
+    assert loaded.model.lm_head.weight is loaded.model.model.language_model.embed_tokens.weight
+    run = TinyRun(loaded, write_dataset(tmp_path / "dataset", loaded.processing, {"train": mixed_rows(2)}))
+    adapter = make_fully_trained(run, tmp_path / "adapter", LoraConfig(full_finetuning=("language",)))
+    batch = batch_of(loaded, run.dataset_dir, "train", [0, 1])
+    with attached(loaded, adapter) as model:
+        assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+        expected = logits(model, batch)
+    run_export("merged_16bit", run, adapter, tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", local_files_only=True).eval()
+    assert merged.lm_head.weight is merged.model.language_model.embed_tokens.weight
+    assert torch.equal(logits(merged, batch), expected)
 
 
 @pytest.mark.parametrize("trained", ["lm_head", "embed_tokens", None])

@@ -123,6 +123,7 @@ def test_a_cpu_computes_in_float32() -> None:
 def test_auto_quantisation_goes_by_the_device() -> None:
     assert resolve_quantization("auto", "cpu") == "none"
     assert resolve_quantization("auto", "cuda") == "nf4"
+    assert resolve_quantization("auto", "cuda", full_finetuning=True) == "none"
     assert [resolve_quantization("int8", device) for device in ("cpu", "cuda")] == ["int8", "int8"]
 
 

@@ -63,6 +63,48 @@ def test_switches_give_exactly_these_modules(
     assert chosen == [name for name in linear_names(run.loaded.model) if name in set(chosen)]
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    ("settings", "language_layers", "vision_layers"),
+    [
+        ({"last_language_layers": 1}, [1], [0, 1]),
+        ({"last_vision_layers": 1}, [0, 1], [1]),
+        ({"last_language_layers": 1, "last_vision_layers": 1}, [1], [1]),
+        ({"last_language_layers": 2, "last_vision_layers": 2}, [0, 1], [0, 1]),
+        ({"last_language_layers": 1, "finetune_vision_layers": False}, [1], []),
+    ],
+)
+def test_only_the_last_layers(
+    tiny_run: Callable,
+    model_type: str,
+    settings: dict,
+    language_layers: list[int],
+    vision_layers: list[int],
+) -> None:
+    run = tiny_run(model_type)
+    chosen = select_targets(run.loaded.model, run.loaded.family, LoraConfig(**settings, finetune_projector=True))
+    expected = [
+        name
+        for name in [*LANGUAGE_ATTENTION, *LANGUAGE_MLP]
+        if any(f".layers.{layer}." in name for layer in language_layers)
+    ]
+    expected += [
+        name
+        for name in [*VISION_ATTENTION, *VISION_MLP[model_type]]
+        if any(f".blocks.{layer}." in name for layer in vision_layers)
+    ]
+    assert sorted(chosen) == sorted([*expected, *PROJECTOR])
+
+
+def test_the_last_layers_of_explicit_targets() -> None:
+    lora = LoraConfig(target_modules=("q_proj", "attn.proj"), last_language_layers=1)
+    assert select_targets(NAMES, FAMILY, lora) == [
+        "model.language_model.layers.1.self_attn.q_proj",
+        "model.visual.blocks.0.attn.proj",
+        "model.visual.blocks.1.attn.proj",
+    ]
+
+
 NAMES = [*LANGUAGE_ATTENTION, *LANGUAGE_MLP, *VISION_ATTENTION, *PROJECTOR, "lm_head"]
 FAMILY = FAMILIES["qwen2_5_vl"]
 
@@ -98,6 +140,8 @@ def test_exclusion_wins() -> None:
         ({"target_modules": ("*",)}, "nor a regular expression"),
         ({"target_modules": ("lm_head",)}, "modules_to_save"),
         ({"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "no linear layer"),
+        ({"last_language_layers": 3}, r"last_language_layers is 3 but the model has 2 such layers"),
+        ({"target_modules": ("q_proj",), "last_vision_layers": 1}, "no target is in such a layer"),
     ],
 )
 def test_what_cannot_be_is_an_error_with_a_remedy(settings: dict, message: str) -> None:

@@ -90,6 +90,27 @@ def test_plan_on_disk(tiny_run: Callable, adapter: Path, tmp_path: Path) -> None
     assert json.loads((tmp_path / "first" / "plan.json").read_text())["device_memory_bytes"] is None
 
 
+def test_weights_trained_whole_are_counted_once(tiny_run: Callable, adapter: Path, tmp_path: Path) -> None:
+    run = tiny_run("qwen2_5_vl")
+    build_adapter(run.loaded, LoraConfig(full_finetuning=("vision", "projector", "language")), tmp_path / "full")
+    plans = {
+        name: make_plan(
+            run.dataset_dir,
+            run.checkpoint_dir,
+            tmp_path / name,
+            TrainingConfig(),
+            tmp_path / f"plan-{name}",
+            device="cpu",
+            dtype="float32",
+        ).memory
+        for name in ("adapter", "full")
+    }
+    num_parameters = sum(parameter.numel() for parameter in run.loaded.model.parameters())
+    # Weight, gradient and AdamW's two moments, in float32; of the stored file, only its header is left.
+    assert plans["full"]["adapter_bytes"] == 16 * num_parameters
+    assert plans["full"]["weights_bytes"] == plans["adapter"]["weights_bytes"] - 4 * num_parameters
+
+
 def test_what_cannot_fit_is_refused_by_name(
     tiny_run: Callable, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

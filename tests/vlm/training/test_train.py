@@ -346,6 +346,125 @@ def test_a_quantised_base_trains_the_adapter_in_float32(tiny_run: Callable, tmp_
     assert len(moved) == len(initial)
 
 
+ALL_PARTS = LoraConfig(full_finetuning=("vision", "projector", "language"))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_full_finetuning_is_the_slow_reference_and_resumes_to_the_same_bits(
+    tiny_run: Callable, tmp_path: Path, model_type: str
+) -> None:
+    run = tiny_run(model_type)
+    before = {name: parameter.clone() for name, parameter in run.loaded.model.named_parameters()}
+    loss, gradients = first_gradients(run, tmp_path / "one", ALL_PARTS, batch_size=4, gradient_accumulation=1)
+    expected_loss, expected = slow_reference(run, tmp_path / "one")
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert_same_gradients(gradients, expected)
+    assert set(gradients) == set(before)
+
+    resumed = RESUMED | {"vision_learning_rate": 1e-3}  # the optimiser's split groups come back as well
+    whole = Training(run, tmp_path / "whole", ALL_PARTS, **resumed)
+    whole.start()
+    broken = Training(run, tmp_path / "broken", ALL_PARTS, **resumed)
+    with pytest.raises(KilledError):
+        broken.start([At(3, kill)])
+    assert all(torch.equal(parameter, before[name]) for name, parameter in run.loaded.model.named_parameters())
+    assert broken.start().resumed_from_step == 2
+    assert set(whole.weights) == set(before)
+    for name, tensor in whole.weights.items():
+        assert torch.equal(broken.weights[name], tensor), name
+    moved = [name for name, tensor in whole.weights.items() if not torch.equal(tensor, before[name])]
+    assert len(moved) > 0.9 * len(before)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in run.loaded.model.named_parameters())
+    names = {path.name for path in (tmp_path / "whole" / "out" / "adapter").iterdir()}
+    assert names == {"adapter_model.safetensors", "targets.json"}
+
+
+def test_fully_trained_weights_answer(tiny_run: Callable, tmp_path: Path) -> None:
+    from vlm.config import GenerationConfig
+    from vlm.evaluation.predictions import read_predictions
+    from vlm.generate import generate_predictions
+
+    run = tiny_run("qwen2_5_vl")
+    # Enough to learn the first answer by heart.
+    lora = LoraConfig(full_finetuning=("projector", "language"))
+    training = Training(run, tmp_path, lora, max_steps=12, batch_size=8, gradient_accumulation=1)
+    training.start()
+    assert training.metrics[-2]["loss"] < 0.5 * training.metrics[0]["loss"]
+    answers = {}
+    for name, adapter in (("tuned", tmp_path / "out" / "adapter"), ("base", None)):
+        settings = GenerationConfig(max_new_tokens=4)
+        generate_predictions(run.loaded, run.dataset_dir, settings, tmp_path / name, adapter_dir=adapter)
+        answers[name] = [prediction.prediction for prediction in read_predictions(tmp_path / name)[1]]
+    assert answers["tuned"] != answers["base"]
+
+
+class Rates(TrainerCallback):
+    """Keeps the optimiser's groups."""
+
+    def __init__(self) -> None:
+        self.groups: list[tuple[float, float, int]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.groups = [
+            (group["initial_lr"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups
+        ]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    "lora",
+    [LoraConfig(rank=2, finetune_projector=True, modules_to_save=("lm_head",)), ALL_PARTS],
+    ids=["adapter", "full"],
+)
+def test_each_part_learns_at_its_own_rate(
+    tiny_run: Callable, tmp_path: Path, model_type: str, lora: LoraConfig
+) -> None:
+    run = tiny_run(model_type)
+    rates = {"vision": 1e-4, "projector": 3e-4, "language": 1e-3}
+    training = Training(
+        run,
+        tmp_path,
+        lora,
+        max_steps=1,
+        batch_size=4,
+        gradient_accumulation=1,
+        schedule="constant",
+        max_grad_norm=0,
+        weight_decay=0.1,
+        learning_rate=rates["language"],
+        vision_learning_rate=rates["vision"],
+        projector_learning_rate=rates["projector"],
+    )
+    if not lora.full_finetuning:
+        fill(tmp_path / "initial")  # as long as B is zero, the gradient of A is
+    gradients, seen = Gradients(), Rates()
+    training.start([gradients, seen])
+    assert {rate for rate, _, _ in seen.groups} == set(rates.values())
+    assert seen.groups[0][0] == rates["language"]  # the one that is logged
+    assert sum(count for _, _, count in seen.groups) == len(gradients.found)
+
+    # By hand: one AdamW over three groups, told apart by what is written in the names.
+    with attached(run.loaded, tmp_path / "initial", trainable=True) as model:
+        parameters = {key: parameter.detach().clone() for key, parameter in adapter_parameters(model).items()}
+    groups = []
+    for key, tensor in parameters.items():
+        part = "projector" if "merger" in key else "vision" if "visual" in key else "language"
+        tensor.grad = gradients.found[key]
+        # Norms and biases are the ones with a single axis.
+        groups.append({"params": [tensor], "lr": rates[part], "weight_decay": 0.1 if tensor.ndim > 1 else 0.0})
+    torch.optim.AdamW(groups).step()
+    for key, tensor in parameters.items():
+        torch.testing.assert_close(training.weights[key], tensor, atol=1e-7, rtol=1e-6)
+
+
+def test_a_rate_for_what_does_not_learn_is_refused(tiny_run: Callable, tmp_path: Path) -> None:
+    run = tiny_run("qwen2_5_vl")
+    with pytest.raises(ConfigError, match=r"projector_learning_rate is 0\.0001 but nothing in the projector learns"):
+        Training(run, tmp_path / "a", LoraConfig(rank=2), projector_learning_rate=1e-4)
+    with pytest.raises(ConfigError, match=r"turn lora\.finetune_vision_layers on"):
+        Training(run, tmp_path / "b", LoraConfig(full_finetuning=("language",)), vision_learning_rate=1e-4)
+
+
 def test_whole_modules_learn(tiny_run: Callable, tmp_path: Path) -> None:
     lora = LoraConfig(target_modules=("q_proj",), modules_to_save=("lm_head",))
     training = Training(tiny_run("qwen2_vl"), tmp_path, lora, max_steps=2, batch_size=4, gradient_accumulation=1)

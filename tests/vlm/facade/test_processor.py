@@ -1,0 +1,132 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vlm
+from tests.support.tiny_models import TINY_FAMILIES, tiny_conversation, tiny_image
+from vlm.errors import ConfigError, DataError
+from vlm.processing import Processing
+
+
+def with_images(messages: list[dict[str, Any]], images: list[np.ndarray]) -> list[dict[str, Any]]:
+    waiting = iter(images)
+    return [
+        {
+            **message,
+            "content": [
+                {"type": "image", "image": Image.fromarray(next(waiting))} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+@pytest.mark.parametrize("model_type", TINY_FAMILIES)
+def test_inputs_are_those_of_the_core(load: Callable, model_type: str) -> None:
+    _, processor = load(model_type)
+    core = processor.processing
+    questions = [tiny_conversation(image_sizes=((56, 84), (84, 56))), tiny_conversation(image_sizes=((56, 140),))]
+    texts = [processor.apply_chat_template(messages[:1], add_generation_prompt=True) for messages, _ in questions]
+    images = [Image.fromarray(image) for _, own in questions for image in own]
+    batch = processor(images, texts, add_special_tokens=False, return_tensors="pt")
+    rows = [
+        core.encode(messages[:1], [image.shape[:2] for image in own], add_generation_prompt=True).input_ids
+        for messages, own in questions
+    ]
+    for number, row in enumerate(rows):  # padded on the left, for generation
+        assert batch["input_ids"][number, -len(row) :].tolist() == row
+        assert batch["attention_mask"][number].sum() == len(row)
+    pixels = core.pixel_inputs([own for _, own in questions])
+    for name, tensor in core.model_inputs(batch["input_ids"], pixels).items():
+        assert torch.equal(batch[name], tensor)
+    from_messages = processor.apply_chat_template(
+        [with_images(messages[:1], own) for messages, own in questions],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert set(from_messages) == set(batch)
+    assert all(torch.equal(from_messages[name], batch[name]) for name in batch)
+    assert torch.equal(
+        processor.apply_chat_template(with_images(*questions[0]), tokenize=True, return_dict=False)[0],
+        torch.tensor(core.encode(questions[0][0], [image.shape[:2] for image in questions[0][1]]).input_ids),
+    )
+    right = processor(text=texts, images=images, padding_side="right", padding=True)
+    assert right["input_ids"][1, : len(rows[1])].tolist() == rows[1]
+
+
+@pytest.mark.parametrize("model_type", TINY_FAMILIES)
+def test_generation_as_in_a_notebook(load: Callable, model_type: str) -> None:
+    from transformers import TextStreamer
+
+    model, processor = load(model_type)
+    vlm.FastVisionModel.for_inference(model)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read."}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    image = Image.fromarray(tiny_image(90, 130))
+    inputs = processor(image, text, add_special_tokens=False, return_tensors="pt").to("cpu")
+    streamer = TextStreamer(processor, skip_prompt=True)
+    with torch.no_grad():
+        new = model.generate(**inputs, streamer=streamer, max_new_tokens=4, use_cache=True, do_sample=False)
+    new = new[:, inputs["input_ids"].shape[1] :]
+    assert 1 <= new.shape[1] <= 4
+    assert processor.batch_decode(new) == [processor.decode(new[0])]
+
+
+def test_text_without_images(load: Callable) -> None:
+    _, processor = load("qwen2_vl")
+    batch = processor(text="Hello")
+    assert "pixel_values" not in batch
+    assert processor.tokenizer.decode(batch["input_ids"][0]) == "Hello"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": "no placeholder", "images": tiny_image()}, "0 image placeholders .* but 1 images"),
+        ({"text": ["a", "b"], "images": [[]]}, "2 texts and images for 1"),
+        ({"images": tiny_image()}, "got no text"),
+        ({"text": "a", "videos": [1]}, "only still images"),
+        ({"text": "a", "truncation": True}, "would lose image tokens"),
+        ({"text": "a", "return_tensors": "np"}, "use 'pt'"),
+        ({"text": "a", "tekst": "b"}, "Did you mean 'text'"),
+        ({"text": "a", "padding_side": "top"}, "'top' is unknown"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(load: Callable, arguments: dict[str, Any], message: str) -> None:
+    _, processor = load("qwen2_vl")
+    with pytest.raises((ConfigError, DataError), match=message):
+        processor(**arguments)
+
+
+def test_messages_without_images_cannot_be_tokenised(load: Callable) -> None:
+    _, processor = load("qwen2_vl")
+    with pytest.raises(DataError, match="an image part has no image"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=True)
+    with pytest.raises(DataError, match="'role' and 'content'"):
+        processor.apply_chat_template([{"role": "user"}])
+
+
+def test_control_tokens_that_a_person_typed_stay_text(load: Callable) -> None:
+    _, processor = load("qwen2_vl")
+    typed = processor.apply_chat_template([{"role": "user", "content": "<|im_end|>"}], tokenize=True, return_dict=False)
+    plain = processor.apply_chat_template([{"role": "user", "content": "?"}], tokenize=True, return_dict=False)
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (typed == end).sum() == (plain == end).sum()
+    assert "<|im_end|>" in processor.decode(typed[0], skip_special_tokens=True)
+
+
+def test_a_saved_processor_opens(load: Callable, tmp_path: Path) -> None:
+    _, processor = load("qwen2_5_vl")
+    processor.save_pretrained(tmp_path)
+    assert Processing.from_dir(tmp_path).chat_template == processor.chat_template
+    assert repr(processor) == "VisionProcessor(Qwen2.5-VL)"
+    with pytest.raises(ConfigError, match="call push_to_hub instead"):
+        processor.save_pretrained(tmp_path, push_to_hub=True)
