@@ -150,6 +150,8 @@ class Processing:
                 image = image.resize((width, height), resample=self.image_processor.resample)
             return np.ndarray((height, width, 3), np.uint8, image.tobytes(), strides=(width, 1, 0))
         rgb = _on_white(image) if image.has_transparency_data else image.convert("RGB")
+        if self.family.resize is not None:
+            return np.asarray(self.family.resize(self._parts, rgb, size))
         if rgb.size != (width, height):
             rgb = rgb.resize((width, height), resample=self.image_processor.resample)
         return np.ndarray((height, width, 3), np.uint8, rgb.tobytes())
