@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from vlm.builtin.tokenizer import VOCAB_SIZE, build_tokenizer
 from vlm.builtin.tokenizer import SPECIAL_TOKENS as BUILTIN_SPECIAL_TOKENS
+from vlm.builtin.tokenizer import VOCAB_SIZE, build_tokenizer
 
 NUM_ORDINARY = VOCAB_SIZE - len(BUILTIN_SPECIAL_TOKENS)
 MAX_LENGTH_TOKENS = 4096
@@ -29,7 +29,9 @@ def tokenizer_with(special_tokens: tuple[str, ...], *, bos: str, eos: str, pad: 
     description = json.loads(build_tokenizer().backend_tokenizer.to_str())
     description["added_tokens"] = []
     backend = tokenizers.Tokenizer.from_str(json.dumps(description))
-    backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special_tokens])
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(token, special=True, normalized=False) for token in special_tokens]
+    )
     first = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
     backend.post_processor = Sequence([ByteLevel(trim_offsets=False), first])
     tokenizer = PreTrainedTokenizerFast(

@@ -194,7 +194,9 @@ def _canvas(height: int, width: int, tile: int, max_tiles: int) -> tuple[int, in
 
 def _fit(height: int, width: int, canvas: tuple[int, int], tile: int) -> tuple[int, int]:
     """An image's size on its canvas: its own if that fits, at least a tile on one side, its proportions kept."""
-    largest_height, largest_width = (min(max(own, tile), most) for own, most in zip((height, width), canvas, strict=True))
+    largest_height, largest_width = (
+        min(max(own, tile), most) for own, most in zip((height, width), canvas, strict=True)
+    )
     scale_height, scale_width = largest_height / height, largest_width / width
     if scale_width < scale_height:
         return min(math.floor(height * scale_width) or 1, largest_height), largest_width

@@ -13,7 +13,9 @@ from vlm.families.pixtral import PIXTRAL
 from vlm.families.qwen2_5_vl import QWEN2_5_VL
 from vlm.families.qwen2_vl import QWEN2_VL
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2_VL, QWEN2_5_VL, MLLAMA, PIXTRAL, MISTRAL3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (QWEN2_VL, QWEN2_5_VL, MLLAMA, PIXTRAL, MISTRAL3)
+}
 
 
 def family_for_config(config: Mapping[str, Any]) -> Family:
