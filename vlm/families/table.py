@@ -40,11 +40,12 @@ def family_for_config(config: Mapping[str, Any]) -> Family:
             if model_type in family.config_types and _tower_fits(family, config):
                 return family
     found = f"architecture {architectures[0]!r}" if architectures else "no architecture"
+    found += f" and model_type {model_type!r}"
     tower = _tower_type(config)
     found += f" with a {tower!r} vision tower" if tower is not None else ""
     known = sorted(architecture for family in FAMILIES.values() for architecture in family.architectures)
     raise ModelError(
-        f"config.json has {found} and model_type {model_type!r}, which is none of the supported families; "
+        f"config.json has {found}, which is none of the supported families; "
         f"use a checkpoint of one of {', '.join(repr(name) for name in known)}"
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.tiny_models import make_tiny_checkpoint
+from tests.support.tiny_models import TINY, make_tiny_checkpoint
 from tests.vlm.loading.conftest import Checkpoint
 from vlm.config.model import ModelConfig, Part
 from vlm.errors import ModelError
@@ -103,7 +103,7 @@ def test_the_description(checkpoint: Checkpoint, sources: dict[str, Path], model
         "double_quantization": True,
         "keep_unquantized": [],
         "dtype": "float32",
-        "num_quantized_modules": {"qwen2_vl": 24, "qwen2_5_vl": 26}[model_type],
+        "num_quantized_modules": TINY[model_type].num_linear_layers,
     }
     from safetensors.torch import load_file
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -172,9 +173,12 @@ def test_a_frozen_vision_tower_keeps_no_graph(
     base = run.loaded.model
     hooks = [
         block.register_forward_hook(
-            lambda module, inputs, output: seen.append((output.requires_grad, module.gradient_checkpointing))
+            lambda module, inputs, output: seen.append(
+                (output.requires_grad, getattr(module, "gradient_checkpointing", False))
+            )
         )
-        for block in base.model.visual.blocks
+        for name, block in base.named_modules()
+        if re.fullmatch(run.loaded.family.vision_layer, name)
     ]
     language: list[bool] = []
     hooks.append(
