@@ -11,7 +11,7 @@ and a row's outputs change with its neighbours. The two hooks here hide the padd
 cross-attention off for the second. What remains is, for each row, what stock transformers computes for that row alone
 (its positions before the first image included, which do see the row's images there).
 
-torch is imported when a hook runs.
+A third hook hands image features to the projector in three dimensions. torch is imported when a hook runs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,21 @@ def keep_rows_apart(model: Any) -> None:
     """
     vision = model.config.vision_config
     keys_per_image = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    model.model.vision_model.register_forward_hook(_flatten)
     text = model.model.language_model
     text.register_forward_pre_hook(partial(_hide_padding, keys_per_image), with_kwargs=True)
     for layer in text.layers:
         if hasattr(layer, "cross_attn"):
             layer.cross_attn.register_forward_hook(_skip_rows_without_images, with_kwargs=True)
+
+
+def _flatten(module: nn.Module, args: Any, output: Any) -> Any:
+    """Image features in three dimensions, not five: bitsandbytes' 8-bit projector takes no more on a CPU.
+
+    The model flattens them itself, behind the projector.
+    """
+    output.last_hidden_state = output.last_hidden_state.flatten(0, -3)
+    return output
 
 
 def _hide_padding(
