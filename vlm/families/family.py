@@ -79,7 +79,7 @@ class Family:
         pixel_inputs: `(parts, images of each row)` to the model's image tensors.
         token_inputs: `(parts, input_ids of shape [batch, sequence], pixel inputs)` to further tensors that the model
             needs beside the ids, such as token types or a cross-attention mask.
-        resize: `(parts, RGB image, target size)` to the image at that size; None for the image processor's filter alone.
+        resize: `(parts, RGB or grey image, target size)` to the image at that size; None for the image processor's filter alone.
         patches_per_image: A model's `config.json` to the positions that its vision tower computes for each image, where
             they do not follow from the number of image tokens; else None.
         prepare_model: Called once with every live model, for what its batches need to be right; None for nothing.

@@ -61,7 +61,7 @@ def target_size(
 
 
 def resize(parts: MediaParts, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resizes an RGB image to its target size, the last line of which may be padding.
+    """Resizes an RGB or grey image to its target size, the last line of which may be padding.
 
     Args:
         parts: Processor pieces.
@@ -82,7 +82,7 @@ def resize(parts: MediaParts, image: Image.Image, size: tuple[int, int]) -> Imag
     resized = image.resize((inner_width, inner_height), resample=parts.image_processor.resample)
     if (inner_height, inner_width) == size:
         return resized
-    page = PIL.Image.new("RGB", (width, height))
+    page = PIL.Image.new(image.mode, (width, height))
     page.paste(resized)
     return page
 

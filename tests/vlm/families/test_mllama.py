@@ -70,6 +70,8 @@ def test_rounding_that_would_change_the_canvas_is_met_with_a_line_of_padding(pro
     stored = processing.resize_image(Image.fromarray(np.full((448, 225, 3), 9, np.uint8)), (112, 57))
     assert stored[:, :56].min() == 9
     assert stored[:, 56].max() == 0
+    grey = processing.resize_image(Image.new("L", (225, 448), 9), (112, 57))
+    assert np.array_equal(grey, stored)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
