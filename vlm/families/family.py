@@ -80,8 +80,8 @@ class Family:
         token_inputs: `(parts, input_ids of shape [batch, sequence], pixel inputs)` to further tensors that the model
             needs beside the ids, such as token types or a cross-attention mask.
         resize: `(parts, RGB or grey image, target size)` to the image at that size; None for the image processor's filter alone.
-        patches_per_image: A model's `config.json` to the positions that its vision tower computes for each image, where
-            they do not follow from the number of image tokens; else None.
+        patches_per_token: A model's `config.json` to the positions in the vision tower behind each media token; None where
+            these are merged squares of patches.
         prepare_model: Called once with every live model, for what its batches need to be right; None for nothing.
     """
 
@@ -109,7 +109,7 @@ class Family:
     pixel_inputs: Callable[[MediaParts, RowImages], dict[str, torch.Tensor]]
     token_inputs: Callable[[MediaParts, torch.Tensor, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
     resize: Callable[[MediaParts, Image.Image, tuple[int, int]], Image.Image] | None = None
-    patches_per_image: Callable[[Mapping[str, Any]], int] | None = None
+    patches_per_token: Callable[[Mapping[str, Any]], int] | None = None
     prepare_model: Callable[[Any], None] | None = None
 
     def part_of(self, name: str) -> PartName | None:

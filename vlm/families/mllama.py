@@ -35,6 +35,6 @@ MLLAMA = Family(
     image_layout=mllama_media.image_layout,
     pixel_inputs=mllama_media.pixel_inputs,
     token_inputs=mllama_media.token_inputs,
-    patches_per_image=mllama_media.patches_per_image,
+    patches_per_token=mllama_media.patches_per_token,
     prepare_model=mllama_rows.keep_rows_apart,
 )

@@ -164,8 +164,8 @@ def token_inputs(
     return {"cross_attention_mask": mask}
 
 
-def patches_per_image(config: Mapping[str, Any]) -> int:
-    """Positions that the vision tower computes for each image, by a model's `config.json`: it always takes all tiles."""
+def patches_per_token(config: Mapping[str, Any]) -> int:
+    """Positions in the vision tower behind an image's one token, by a model's `config.json`: always those of all tiles."""
     vision = config["vision_config"]
     patches = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2 + 1
     return int(vision.get("max_num_tiles", 4)) * math.ceil(patches / 8) * 8

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from vlm.config import TrainingConfig
 from vlm.errors import ConfigError, DataError, ResourceError
+from vlm.families import family_for_config
 from vlm.summary import Summary
 from vlm.training.memory import MemoryEstimate, estimate_memory
 
@@ -133,6 +134,7 @@ def make_plan(
 
     config = json.loads((checkpoint_dir / "model" / "config.json").read_text(encoding="utf-8"))
     adapter = json.loads((adapter_dir / "targets.json").read_text(encoding="utf-8"))
+    family = family_for_config(config)
     weights_bytes = sum(path.stat().st_size for path in (checkpoint_dir / "model").glob("*.safetensors"))
 
     def estimate(length_tokens: int, num_visual_tokens: int) -> MemoryEstimate:
@@ -146,6 +148,7 @@ def make_plan(
             value_bytes=_VALUE_BYTES[dtype],
             checkpointing=training.gradient_checkpointing,
             optimizer=optimizer,
+            patches_per_token=family.patches_per_token(config) if family.patches_per_token else None,
         )
 
     # Activations are linear in both counts, so two numbers give the cost of any row or micro-batch.

@@ -203,9 +203,9 @@ def test_images_reach_the_answer_and_gradients_the_first_vision_layer(tiny_run: 
 def test_positions_of_the_vision_tower(tiny_run: Callable) -> None:
     """Four tiles of 16 patches and a class token each, padded to a multiple of 8."""
     family = FAMILIES["mllama"]
-    assert family.patches_per_image is not None
-    assert family.patches_per_image(tiny_run("mllama").loaded.model.config.to_dict()) == 4 * 24
-    assert family.patches_per_image({"vision_config": {"image_size": 560, "patch_size": 14}}) == 4 * 1608
+    assert family.patches_per_token is not None
+    assert family.patches_per_token(tiny_run("mllama").loaded.model.config.to_dict()) == 4 * 24
+    assert family.patches_per_token({"vision_config": {"image_size": 560, "patch_size": 14}}) == 4 * 1608
 
 
 def test_target_size_needs_no_torch() -> None:
