@@ -222,3 +222,19 @@ def test_a_copy_sent_to_another_process_encodes_the_same(pair: Pair) -> None:
     sizes = [image.shape[:2] for image in images]
     assert copy.encode(messages, sizes) == pair.ours.encode(messages, sizes)
     assert torch.equal(copy.pixel_inputs(images)["pixel_values"], pair.ours.pixel_inputs(images)["pixel_values"])
+
+
+def test_a_folder_saved_by_the_stock_processor_is_read(pair: Pair, tmp_path: Path) -> None:
+    """transformers 5 writes all settings into one file, with the image processor's as a section of it."""
+    if "video_processor" in pair.oracle.get_attributes():
+        pytest.skip("the stock processor has a video part, without which it cannot be saved")
+    pair.oracle.save_pretrained(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        shutil.copyfile(pair.folder / name, tmp_path / name)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    again = Processing.from_dir(tmp_path)
+    messages, images = tiny_conversation("a", ((56, 84), (112, 56)))
+    sizes = [image.shape[:2] for image in images]
+    assert again.encode(messages, sizes) == pair.ours.encode(messages, sizes)
+    assert_same_tensors(again.pixel_inputs([images]), pair.ours.pixel_inputs([images]))
+    assert again.target_size(3000, 2000) == pair.ours.target_size(3000, 2000)
