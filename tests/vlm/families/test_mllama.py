@@ -195,8 +195,12 @@ def test_images_reach_the_answer_and_gradients_the_first_vision_layer(tiny_run: 
     changed = {**batch, "pixel_values": batch["pixel_values"].flip(-1)}
     assert (own_logits(model, batch)[-5:] - own_logits(model, changed)[-5:]).abs().max() > 0.01
     weight = model.model.vision_model.transformer.layers[0].self_attn.q_proj.weight
-    loss = model(**batch).loss
-    (gradient,) = torch.autograd.grad(loss, weight)
+    learns = weight.requires_grad  # peft turns it off, and other tests share the model
+    weight.requires_grad_(True)
+    try:
+        (gradient,) = torch.autograd.grad(model(**batch).loss, weight)
+    finally:
+        weight.requires_grad_(learns)
     assert gradient.abs().max() > 1e-6
 
 
