@@ -225,7 +225,7 @@ def test_a_copy_sent_to_another_process_encodes_the_same(pair: Pair) -> None:
 
 
 def test_a_folder_saved_by_the_stock_processor_is_read(pair: Pair, tmp_path: Path) -> None:
-    """transformers 5 writes all settings into one file, with the image processor's as a section of it."""
+    """Transformers 5 writes all settings into one file, with the image processor's as a section of it."""
     if "video_processor" in pair.oracle.get_attributes():
         pytest.skip("the stock processor has a video part, without which it cannot be saved")
     pair.oracle.save_pretrained(tmp_path)
