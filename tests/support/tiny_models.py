@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.support.tiny_family import TinyFamily, names
+from tests.support.tiny_mistral3 import MISTRAL3
+from tests.support.tiny_mllama import MLLAMA
+from tests.support.tiny_pixtral import PIXTRAL
 from vlm.builtin.model import fill_with_noise, language_config, media_config, token_config, write_checkpoint
-
-TINY_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
 _LANGUAGE = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 2}
 _VISION = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -28,10 +32,10 @@ def make_tiny_checkpoint(model_type: str, dir: Path, seed: int = 0, *, tie_word_
         The folder: config, safetensors, tokenizer, chat template, image and video processor files.
     """
     dir.mkdir(parents=True, exist_ok=True)
-    build, processor_class = _BUILDERS[model_type]
-    model = build(tie_word_embeddings)
+    family = TINY[model_type]
+    model = family.build(tie_word_embeddings)
     fill_with_noise(model, seed)
-    write_checkpoint(model, dir, processor_class=processor_class)
+    family.write(model, dir)
     return dir
 
 
@@ -62,10 +66,55 @@ def _qwen2_5_vl(tie: bool) -> Any:
     )
 
 
-_BUILDERS = {
-    "qwen2_vl": (_qwen2_vl, "Qwen2VLProcessor"),
-    "qwen2_5_vl": (_qwen2_5_vl, "Qwen2_5_VLProcessor"),
+def _stock_qwen_processor(processor_class: str, folder: Path) -> Any:
+    """The stock processor without its video part, which needs torchvision."""
+    import transformers
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+    stock: Any = getattr(transformers, processor_class)
+
+    class WithoutVideo(stock):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name != "video_processor":
+                return super().check_argument_for_proper_class(argument_name, argument)
+            return None
+
+    return WithoutVideo(
+        Qwen2VLImageProcessorPil.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+        None,
+        chat_template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
+    )
+
+
+def _qwen(build: Callable[[bool], Any], processor_class: str, vision_mlp: tuple[str, ...]) -> TinyFamily:
+    return TinyFamily(
+        build=build,
+        write=partial(write_checkpoint, processor_class=processor_class),
+        processor_class=processor_class,
+        stock_processor=partial(_stock_qwen_processor, processor_class),
+        answer_start="<|im_start|>assistant\n",
+        end_of_turn="<|im_end|>",
+        pad_token="<|endoftext|>",
+        image_tokens=("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+        language_attention=names(
+            "model.language_model.layers.{}.self_attn.", 2, ("q_proj", "k_proj", "v_proj", "o_proj")
+        ),
+        language_mlp=names("model.language_model.layers.{}.mlp.", 2, ("gate_proj", "up_proj", "down_proj")),
+        vision_attention=names("model.visual.blocks.{}.attn.", 2, ("qkv", "proj")),
+        vision_mlp=names("model.visual.blocks.{}.mlp.", 2, vision_mlp),
+        projector=("model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
+    )
+
+
+TINY: dict[str, TinyFamily] = {
+    "qwen2_vl": _qwen(_qwen2_vl, "Qwen2VLProcessor", ("fc1", "fc2")),
+    "qwen2_5_vl": _qwen(_qwen2_5_vl, "Qwen2_5_VLProcessor", ("gate_proj", "up_proj", "down_proj")),
+    "mllama": MLLAMA,
+    "pixtral": PIXTRAL,
+    "mistral3": MISTRAL3,
 }
+TINY_FAMILIES = tuple(TINY)
 
 
 def tiny_image(height: int = 56, width: int = 84, seed: int = 0) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from PIL import Image
 
 PartName = Literal["head", "projector", "vision", "language"]
 
@@ -56,6 +57,8 @@ class Family:
         title: Name for people.
         architectures: Values of `architectures` in `config.json` that mean this family.
         config_types: Values of `model_type` in `config.json` that mean this family, where no architecture is given.
+        vision_types: Values of `model_type` in the `vision_config` that mean this family, where neither of the above tells
+            it from others; empty if they do.
         model_class: Class in transformers that loads a checkpoint of this family.
         image_processor_class: Class in transformers that prepares its images with Pillow alone.
         language_attention: Full names of the attention projections of the language model, cross-attention included.
@@ -76,12 +79,17 @@ class Family:
         pixel_inputs: `(parts, images of each row)` to the model's image tensors.
         token_inputs: `(parts, input_ids of shape [batch, sequence], pixel inputs)` to further tensors that the model
             needs beside the ids, such as token types or a cross-attention mask.
+        resize: `(parts, RGB or grey image, target size)` to the image at that size; None for the image processor's filter alone.
+        patches_per_token: A model's `config.json` to the positions in the vision tower behind each media token; None where
+            these are merged squares of patches.
+        prepare_model: Called once with every live model, for what its batches need to be right; None for nothing.
     """
 
     model_type: str
     title: str
     architectures: tuple[str, ...]
     config_types: tuple[str, ...]
+    vision_types: tuple[str, ...] = ()
     model_class: str
     image_processor_class: str
     language_attention: str
@@ -100,6 +108,9 @@ class Family:
     image_layout: Callable[[MediaParts, int, int], ImageLayout]
     pixel_inputs: Callable[[MediaParts, RowImages], dict[str, torch.Tensor]]
     token_inputs: Callable[[MediaParts, torch.Tensor, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+    resize: Callable[[MediaParts, Image.Image, tuple[int, int]], Image.Image] | None = None
+    patches_per_token: Callable[[Mapping[str, Any]], int] | None = None
+    prepare_model: Callable[[Any], None] | None = None
 
     def part_of(self, name: str) -> PartName | None:
         """The part that a module or parameter belongs to.

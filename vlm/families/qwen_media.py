@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlm.errors import DataError
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
+from vlm.families.levels import byte_levels
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -89,7 +89,7 @@ def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor
     processor = parts.image_processor
     patch, merge, repeats = processor.patch_size, processor.merge_size, processor.temporal_patch_size
     grids = [(1, image.shape[0] // patch, image.shape[1] // patch) for image in flat]
-    levels = _levels(processor)
+    levels = byte_levels(processor)
     values = np.empty((sum(rows * columns for _, rows, columns in grids), 3, repeats, patch * patch), np.float32)
     position = 0
     for image, (_, rows, columns) in zip(flat, grids, strict=True):
@@ -107,18 +107,6 @@ def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor
         "pixel_values": torch.from_numpy(values.reshape(len(values), -1)),
         "image_grid_thw": torch.tensor(grids, dtype=torch.int64),
     }
-
-
-def _levels(processor: Any) -> np.ndarray:
-    """What the processor makes of each byte in each channel: float32 array of shape [3, 256]."""
-    import numpy as np
-
-    levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-    if processor.do_rescale:
-        levels = processor.rescale(levels, processor.rescale_factor)
-    if processor.do_normalize:
-        levels = processor.normalize(levels, processor.image_mean, processor.image_std)
-    return np.asarray(levels, np.float32).reshape(3, 256)
 
 
 def token_inputs(

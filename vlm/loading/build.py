@@ -105,6 +105,8 @@ def _build(
     skipped = unquantized_modules(bare, family, settings)
     quantization = quantization_config(settings, skipped, getattr(torch, dtype))
     model = load_model(source, family, device=device, dtype=dtype, quantization=quantization)
+    if _settle_tying(model):
+        bare = blueprint(family, model.config)
     with progress_where_seen():
         model.save_pretrained(output_dir / MODEL_FOLDER, max_shard_size=_MAX_SHARD_SIZE)
     processing.save(output_dir / PROCESSOR_FOLDER)
@@ -121,6 +123,20 @@ def _build(
     text = json.dumps(summary.to_json(), indent=2, sort_keys=True)
     (output_dir / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
     return summary
+
+
+def _settle_tying(model: Any) -> bool:
+    """Has the config say so where head and embeddings differ; whether it said otherwise.
+
+    Some configs leave it out and get a default that their weights contradict. transformers goes by the weights then,
+    but whoever reads the config alone would share one weight for both.
+    """
+    apart = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    if not (apart and getattr(model.config, "tie_word_embeddings", False)):
+        return False
+    for section in (model.config, model.config.get_text_config()):
+        section.tie_word_embeddings = False
+    return True
 
 
 def _num_quantized(model: Any) -> int:

@@ -120,6 +120,8 @@ def load_model(
             f"{folder} lacks {len(missing)} weights of {family.title}, such as {missing[0]!r}; fetch the model again"
         )
     make_trainable(model, getattr(torch, dtype))
+    if family.prepare_model is not None:
+        family.prepare_model(model)
     return model.eval()
 
 

@@ -144,15 +144,17 @@ class Processing:
         import numpy as np
 
         height, width = size
-        if image.mode == "L" and not image.has_transparency_data:
-            # Filters work on each channel alone, so one stands for three equal ones.
-            if image.size != (width, height):
-                image = image.resize((width, height), resample=self.image_processor.resample)
+        # Filters work on each channel alone, so one stands for three equal ones.
+        is_grey = image.mode == "L" and not image.has_transparency_data
+        if not is_grey:
+            image = _on_white(image) if image.has_transparency_data else image.convert("RGB")
+        if self.family.resize is not None:
+            image = self.family.resize(self._parts, image, size)
+        elif image.size != (width, height):
+            image = image.resize((width, height), resample=self.image_processor.resample)
+        if is_grey:
             return np.ndarray((height, width, 3), np.uint8, image.tobytes(), strides=(width, 1, 0))
-        rgb = _on_white(image) if image.has_transparency_data else image.convert("RGB")
-        if rgb.size != (width, height):
-            rgb = rgb.resize((width, height), resample=self.image_processor.resample)
-        return np.ndarray((height, width, 3), np.uint8, rgb.tobytes())
+        return np.ndarray((height, width, 3), np.uint8, image.tobytes())
 
     def encode(
         self,

@@ -92,8 +92,10 @@ def towers(config: Mapping[str, Any]) -> tuple[Tower, Tower, int]:
     # `embed_dim` first: where a vision configuration has both, its `hidden_size` is the language model's width.
     width = int(vision.get("embed_dim") or vision.get("hidden_size") or 0)
     inner = int(vision.get("intermediate_size") or width * float(vision.get("mlp_ratio") or 4))
-    depth = int(vision.get("depth") or vision.get("num_hidden_layers") or 0)
-    return language, Tower(depth, width, inner), int(vision.get("spatial_merge_size") or 1) ** 2
+    # Llama 3.2 Vision has a second encoder behind the first; Mistral 3 merges patches outside the tower.
+    depth = int(vision.get("depth") or vision.get("num_hidden_layers") or 0) + int(vision.get("num_global_layers") or 0)
+    merge_size = int(vision.get("spatial_merge_size") or config.get("spatial_merge_size") or 1)
+    return language, Tower(depth, width, inner), merge_size**2
 
 
 def estimate_memory(
@@ -107,6 +109,7 @@ def estimate_memory(
     value_bytes: int,
     checkpointing: bool,
     optimizer: str,
+    patches_per_token: int | None = None,
 ) -> MemoryEstimate:
     """Estimates one step.
 
@@ -120,14 +123,18 @@ def estimate_memory(
         value_bytes: Bytes of one activation.
         checkpointing: Whether activations are recomputed.
         optimizer: ``adamw`` or ``adamw_8bit``.
+        patches_per_token: Patches behind one visual token, where the configuration does not tell.
 
     Returns:
         The parts of the estimate.
     """
-    language, vision, patches_per_token = towers(config)
+    language, vision, merged_patches = towers(config)
     activations = language.activation_bytes(length_tokens, value_bytes, checkpointing=checkpointing, trained=True)
     activations += vision.activation_bytes(
-        num_visual_tokens * patches_per_token, value_bytes, checkpointing=checkpointing, trained=trains_vision
+        num_visual_tokens * (patches_per_token or merged_patches),
+        value_bytes,
+        checkpointing=checkpointing,
+        trained=trains_vision,
     )
     vocabulary = int((config.get("text_config") or config).get("vocab_size") or config.get("vocab_size") or 0)
     return MemoryEstimate(

@@ -137,7 +137,8 @@ def make_plan(
     config = json.loads((checkpoint_dir / "model" / "config.json").read_text(encoding="utf-8"))
     adapter = json.loads((adapter_dir / "targets.json").read_text(encoding="utf-8"))
     description = json.loads((checkpoint_dir / "checkpoint.json").read_text(encoding="utf-8"))
-    trained_parts = _trained_parts(adapter, family_by_name(description["family"]))
+    family = family_by_name(description["family"])
+    trained_parts = _trained_parts(adapter, family)
     check_rates(training, trained_parts)
     weights_bytes = sum(path.stat().st_size for path in (checkpoint_dir / "model").glob("*.safetensors"))
     if adapter.get("full_finetuning"):
@@ -155,6 +156,7 @@ def make_plan(
             value_bytes=_VALUE_BYTES[dtype],
             checkpointing=training.gradient_checkpointing,
             optimizer=optimizer,
+            patches_per_token=family.patches_per_token(config) if family.patches_per_token else None,
         )
 
     # Activations are linear in both counts, so two numbers give the cost of any row or micro-batch.

@@ -5,6 +5,7 @@ Loads torch, transformers, trl and peft.
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -170,6 +171,7 @@ def _trainer(
             base,
             training.gradient_checkpointing,
             lambda name: loaded.family.part_of(name) == "vision" and "vision" not in trained_parts,
+            lambda name: re.fullmatch(f"{loaded.family.vision_layer}|{loaded.family.language_layer}", name) is not None,
         )
     )
     collator = VisionDataCollator(loaded.processing, train_on_prompts=training.train_on_prompts)

@@ -67,7 +67,9 @@ def test_groups_hold_linear_layers_of_their_part(family: Family, model: Any) -> 
 
 def test_layers(family: Family, model: Any) -> None:
     assert len(names_matching(model, family.language_layer)) == model.config.text_config.num_hidden_layers
-    assert len(names_matching(model, family.vision_layer)) == model.config.vision_config.depth
+    vision = model.config.vision_config
+    depth = getattr(vision, "depth", None) or vision.num_hidden_layers + getattr(vision, "num_global_layers", 0)
+    assert len(names_matching(model, family.vision_layer)) == depth
 
 
 def test_every_parameter_is_in_a_part(family: Family, model: Any) -> None:
@@ -77,6 +79,7 @@ def test_every_parameter_is_in_a_part(family: Family, model: Any) -> None:
 
 def test_part_of_an_outside_name(family: Family) -> None:
     assert family.part_of("model.visualiser.blocks.0") is None
+    assert family.part_of("model.multi_modal_projectors") is None
     assert family.part_of("model.language_model") == "language"
 
 
@@ -107,6 +110,11 @@ def test_architectures_win_over_the_model_type() -> None:
         ({"model_type": "qwen2_vl", "architectures": ["Other"]}, "architecture 'Other' and model_type 'qwen2_vl'"),
         ({"model_type": "bert"}, "no architecture and model_type 'bert'"),
         ({}, "no architecture and model_type None"),
+        (
+            {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {"model_type": "clip_vision_model"}},
+            "architecture 'LlavaForConditionalGeneration' and model_type None with a 'clip_vision_model' vision tower",
+        ),
+        ({"model_type": "llava", "vision_config": {}}, "no architecture and model_type 'llava'"),
     ],
 )
 def test_an_unknown_architecture_lists_the_known(config: dict[str, Any], found: str) -> None:

@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.support.tiny_models import TINY
 from vlm.config import LoraConfig
 from vlm.errors import LoraError
 from vlm.families import FAMILIES
@@ -13,21 +14,6 @@ ALL_OFF = {
     "finetune_attention_modules": False,
     "finetune_mlp_modules": False,
 }
-# Written down from the printed models, not computed with the family's patterns. Two layers in each tower.
-LANGUAGE_ATTENTION = [
-    f"model.language_model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qkvo"
-]
-LANGUAGE_MLP = [
-    f"model.language_model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")
-]
-VISION_ATTENTION = [f"model.visual.blocks.{block}.attn.{name}" for block in range(2) for name in ("qkv", "proj")]
-VISION_MLP = {
-    "qwen2_vl": [f"model.visual.blocks.{block}.mlp.{name}" for block in range(2) for name in ("fc1", "fc2")],
-    "qwen2_5_vl": [
-        f"model.visual.blocks.{block}.mlp.{name}_proj" for block in range(2) for name in ("gate", "up", "down")
-    ],
-}
-PROJECTOR = ["model.visual.merger.mlp.0", "model.visual.merger.mlp.2"]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -50,20 +36,13 @@ def test_switches_give_exactly_these_modules(
     tiny_run: Callable, model_type: str, switches: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
     run = tiny_run(model_type)
-    golden = {
-        "vision_attention": VISION_ATTENTION,
-        "vision_mlp": VISION_MLP[model_type],
-        "language_attention": LANGUAGE_ATTENTION,
-        "language_mlp": LANGUAGE_MLP,
-        "projector": PROJECTOR,
-    }
     lora = LoraConfig(**(ALL_OFF | {f"finetune_{name}": True for name in switches}))
     chosen = select_targets(run.loaded.model, run.loaded.family, lora)
-    assert sorted(chosen) == sorted(name for part in parts for name in golden[part])
+    assert sorted(chosen) == sorted(name for part in parts for name in getattr(TINY[model_type], part))
     assert chosen == [name for name in linear_names(run.loaded.model) if name in set(chosen)]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize(
     ("settings", "language_layers", "vision_layers"),
     [
@@ -81,19 +60,19 @@ def test_only_the_last_layers(
     language_layers: list[int],
     vision_layers: list[int],
 ) -> None:
-    run = tiny_run(model_type)
+    run, tiny = tiny_run(model_type), TINY[model_type]
     chosen = select_targets(run.loaded.model, run.loaded.family, LoraConfig(**settings, finetune_projector=True))
     expected = [
         name
-        for name in [*LANGUAGE_ATTENTION, *LANGUAGE_MLP]
+        for name in [*tiny.language_attention, *tiny.language_mlp]
         if any(f".layers.{layer}." in name for layer in language_layers)
     ]
     expected += [
         name
-        for name in [*VISION_ATTENTION, *VISION_MLP[model_type]]
+        for name in [*tiny.vision_attention, *tiny.vision_mlp]
         if any(f".blocks.{layer}." in name for layer in vision_layers)
     ]
-    assert sorted(chosen) == sorted([*expected, *PROJECTOR])
+    assert sorted(chosen) == sorted([*expected, *tiny.projector])
 
 
 def test_the_last_layers_of_explicit_targets() -> None:
@@ -105,7 +84,15 @@ def test_the_last_layers_of_explicit_targets() -> None:
     ]
 
 
-NAMES = [*LANGUAGE_ATTENTION, *LANGUAGE_MLP, *VISION_ATTENTION, *PROJECTOR, "lm_head"]
+LANGUAGE_ATTENTION = TINY["qwen2_5_vl"].language_attention
+VISION_ATTENTION = TINY["qwen2_5_vl"].vision_attention
+NAMES = [
+    *LANGUAGE_ATTENTION,
+    *TINY["qwen2_5_vl"].language_mlp,
+    *VISION_ATTENTION,
+    *TINY["qwen2_5_vl"].projector,
+    "lm_head",
+]
 FAMILY = FAMILIES["qwen2_5_vl"]
 
 

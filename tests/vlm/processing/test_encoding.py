@@ -54,17 +54,21 @@ def oracle_ids(
     return [int(id_) for id_ in out["input_ids"][0]]
 
 
-def spans_by_reading(processing: Processing, ids: Sequence[int]) -> list[tuple[int, int]]:
-    """From behind the line break of each '<|im_start|>assistant' through its '<|im_end|>', found in the ids themselves."""
-    start_of_turn = processing.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    end_of_turn = processing.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    header = processing.tokenizer.encode("assistant\n")
+def spans_by_reading(pair: Pair, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """From behind each start of an answer through the token that ends it, found in the ids themselves."""
+    tokenizer = pair.ours.tokenizer
+    start = tokenizer.encode(pair.facts.answer_start, add_special_tokens=False)
+    end_of_turn = tokenizer.convert_tokens_to_ids(pair.facts.end_of_turn)
     spans = []
-    for position, id_ in enumerate(ids):
-        first = position + 1 + len(header)
-        if id_ == start_of_turn and list(ids[position + 1 : first]) == header and end_of_turn in ids[first:]:
+    for position in range(len(ids)):
+        first = position + len(start)
+        if list(ids[position:first]) == start and end_of_turn in ids[first:]:
             spans.append((first, list(ids).index(end_of_turn, first) + 1))
     return spans
+
+
+def special_ids(pair: Pair) -> dict[str, int]:
+    return {token.content: id_ for id_, token in pair.ours.tokenizer.added_tokens_decoder.items()}
 
 
 CONVERSATIONS = {
@@ -96,9 +100,10 @@ def test_ids_and_spans_match_the_oracles(pair: Pair, name: str, add_generation_p
     images = [tiny_image(56 + 28 * index, 84, seed=index) for index in range(num_images)]
     encoded = pair.ours.encode(messages, [image.shape[:2] for image in images], add_generation_prompt)
     assert encoded.input_ids == oracle_ids(pair, messages, images, add_generation_prompt=add_generation_prompt)
-    assert encoded.assistant_spans == spans_by_reading(pair.ours, encoded.input_ids)
-    assert encoded.num_visual_tokens == sum((2 + index) * 3 for index in range(num_images))
-    assert encoded.num_visual_tokens == encoded.input_ids.count(pair.ours.image_token_id)
+    assert encoded.assistant_spans == spans_by_reading(pair, encoded.input_ids)
+    media = {special_ids(pair)[token] for token in pair.facts.image_tokens if "vision" not in token}
+    assert encoded.num_visual_tokens == sum(id_ in media for id_ in encoded.input_ids)
+    assert encoded.num_visual_tokens == sum(pair.ours.num_image_tokens(*image.shape[:2]) for image in images)
 
 
 WORDS = st.one_of(
@@ -110,6 +115,9 @@ WORDS = st.one_of(
             "<|image_pad|>",
             "a<|im_start|>assistant\nb<|im_end|>",
             "<|vision_end|> <|endoftext|>",
+            "a[/INST]b</s><s>[INST][IMG]",
+            "[IMG_END][IMG_BREAK] <pad>",
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n<|image|>",
             "\U000f0000",
         ]
     ),
@@ -130,20 +138,21 @@ def test_any_text_comes_back_from_its_span_and_writes_no_control_token(
         messages += [user(None, *question), {"role": "assistant", "content": [_part(text) for text in answer]}]
     encoded = pair.ours.encode(messages, [(56, 56)] * len(turns))
     tokenizer = pair.ours.tokenizer
-    controls = [
-        tokenizer.convert_tokens_to_ids(token)
-        for token in ("<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|endoftext|>")
+    harmless = [
+        {**message, "content": [part if part["type"] == "image" else _part("x") for part in message["content"]]}
+        for message in messages
     ]
-    assert [encoded.input_ids.count(id_) for id_ in controls] == [2 * len(turns), 2 * len(turns), 4 * len(turns), 0]
+    expected = pair.ours.encode(harmless, [(56, 56)] * len(turns)).input_ids
+    for token, id_ in special_ids(pair).items():
+        assert encoded.input_ids.count(id_) == expected.count(id_), token
     assert len(encoded.assistant_spans) == len(turns)
+    end = pair.facts.end_of_turn
     for (first, last), (_, answer) in zip(encoded.assistant_spans, turns, strict=True):
         span = _decode(tokenizer, encoded.input_ids[first:last])
         # White space that begins the answer can be one token with the line break of the template before it.
-        assert span.endswith(unicodedata.normalize("NFC", "".join(answer)) + "<|im_end|>")
-        assert span.removesuffix(unicodedata.normalize("NFC", "".join(answer)) + "<|im_end|>") in ("", "\n")
-    if not any(
-        mark in text for pieces in turns for texts in pieces for text in texts for mark in ("<|im", "<|vi", "<|en")
-    ):
+        assert span.endswith(unicodedata.normalize("NFC", "".join(answer)) + end)
+        assert span.removesuffix(unicodedata.normalize("NFC", "".join(answer)) + end) in ("", "\n", "\n\n")
+    if not any(token in text for pieces in turns for texts in pieces for text in texts for token in special_ids(pair)):
         images = [np.zeros((56, 56, 3), np.uint8)] * len(turns)
         assert encoded.input_ids == oracle_ids(pair, messages, images)
 
@@ -153,12 +162,13 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def test_typed_control_tokens_keep_their_characters(pair: Pair) -> None:
-    text = "write <|im_end|> and <|image_pad|> here"
+    end = pair.facts.end_of_turn
+    text = f"write {end} and {pair.ours.family.image_token} here"
     encoded = pair.ours.encode([user(text), assistant(text)], [])
     (first, last) = encoded.assistant_spans[0]
-    assert _decode(pair.ours.tokenizer, encoded.input_ids[first:last]) == text + "<|im_end|>"
+    assert _decode(pair.ours.tokenizer, encoded.input_ids[first:last]) == text + end
     assert pair.ours.image_token_id not in encoded.input_ids
-    assert encoded.input_ids[first:last].count(pair.ours.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+    assert encoded.input_ids[first:last].count(special_ids(pair)[end]) == 1
 
 
 @pytest.mark.parametrize("sizes", [[], [(56, 56)], [(56, 56)] * 3])
@@ -169,7 +179,8 @@ def test_number_of_images_must_match(pair: Pair, sizes: list[tuple[int, int]]) -
 
 def test_other_threads_and_users_of_the_tokenizer_do_not_disturb(pair: Pair) -> None:
     conversations = [
-        [user(None, f"number {index} <|im_end|>" * (index % 3)), assistant("x " * index)] for index in range(60)
+        [user(None, f"number {index} {pair.facts.end_of_turn}" * (index % 3)), assistant("x " * index)]
+        for index in range(60)
     ]
 
     def encode(messages: list[dict[str, Any]]) -> Encoded:
@@ -205,34 +216,34 @@ class TestOtherTemplates:
     )
 
     def encode(
-        self, pair: Pair, template: str, messages: Sequence[dict[str, Any]] = MESSAGES
+        self, qwen: Pair, template: str, messages: Sequence[dict[str, Any]] = MESSAGES
     ) -> tuple[Encoded, list[str]]:
-        encoded = ChatEncoder(pair.ours.tokenizer, template, pair.ours.family).encode(messages, [], False)
+        encoded = ChatEncoder(qwen.ours.tokenizer, template, qwen.ours.family).encode(messages, [], False)
         return encoded, [
-            _decode(pair.ours.tokenizer, encoded.input_ids[first:last]) for first, last in encoded.assistant_spans
+            _decode(qwen.ours.tokenizer, encoded.input_ids[first:last]) for first, last in encoded.assistant_spans
         ]
 
-    def test_without_a_generation_prompt(self, pair: Pair) -> None:
-        encoded, spans = self.encode(pair, self.BRACKETS)
+    def test_without_a_generation_prompt(self, qwen: Pair) -> None:
+        encoded, spans = self.encode(qwen, self.BRACKETS)
         assert spans == [" two<|im_end|>", " four four<|im_end|>"]
-        assert encoded.input_ids == pair.ours.tokenizer.encode(
+        assert encoded.input_ids == qwen.ours.tokenizer.encode(
             "<|endoftext|>[INST] one [/INST] two<|im_end|>[INST] three [/INST] four four<|im_end|>"
         )
 
-    def test_with_a_default_system_prompt_and_trimming(self, pair: Pair) -> None:
+    def test_with_a_default_system_prompt_and_trimming(self, qwen: Pair) -> None:
         messages = [*self.MESSAGES[:1], {"role": "assistant", "content": "  two <|im_end|> \n"}]
-        assert self.encode(pair, self.DEFAULT_SYSTEM, messages)[1] == ["two <|im_end|><|im_end|>"]
+        assert self.encode(qwen, self.DEFAULT_SYSTEM, messages)[1] == ["two <|im_end|><|im_end|>"]
 
-    def test_that_looks_ahead_is_refused(self, pair: Pair) -> None:
+    def test_that_looks_ahead_is_refused(self, qwen: Pair) -> None:
         with pytest.raises(DataError, match="does not render message 2 of 4 the same with and without"):
-            self.encode(pair, self.LOOKS_AHEAD)
+            self.encode(qwen, self.LOOKS_AHEAD)
 
-    def test_that_refuses_a_conversation_is_quoted(self, pair: Pair) -> None:
+    def test_that_refuses_a_conversation_is_quoted(self, qwen: Pair) -> None:
         with pytest.raises(DataError, match=r"roles \[system, user, assistant, user, assistant\]: no system here"):
-            self.encode(pair, self.STRICT, ({"role": "system", "content": "x"}, *self.MESSAGES))
+            self.encode(qwen, self.STRICT, ({"role": "system", "content": "x"}, *self.MESSAGES))
 
 
-def test_layouts_of_several_token_kinds_and_literal_text(pair: Pair) -> None:
+def test_layouts_of_several_token_kinds_and_literal_text(qwen: Pair) -> None:
     """Rows of image tokens with breaks between, and words around, as other families write them."""
     layout = (
         "before\n",
@@ -242,22 +253,22 @@ def test_layouts_of_several_token_kinds_and_literal_text(pair: Pair) -> None:
         Run("<|video_pad|>", 1),
         " after",
     )
-    tokenizer = pair.ours.tokenizer
-    encoder = ChatEncoder(tokenizer, pair.ours.chat_template, pair.ours.family)
+    tokenizer = qwen.ours.tokenizer
+    encoder = ChatEncoder(tokenizer, qwen.ours.chat_template, qwen.ours.family)
     encoded = encoder.encode([user("look", None), assistant("ok")], [layout], False)
     written = "before\n" + "<|image_pad|>" * 3 + "<|vision_pad|>" + "<|image_pad|>" * 2 + "<|video_pad|> after"
     expected = f"<|im_start|>user\nlook<|vision_start|>{written}<|vision_end|><|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
     assert encoded.input_ids == tokenizer.encode(expected)
     assert encoded.num_visual_tokens == 7
-    assert encoded.assistant_spans == spans_by_reading(pair.ours, encoded.input_ids)
+    assert encoded.assistant_spans == spans_by_reading(qwen, encoded.input_ids)
 
 
-def test_a_tokenizer_that_adds_tokens_of_its_own(pair: Pair, tmp_path: Path) -> None:
+def test_a_tokenizer_that_adds_tokens_of_its_own(qwen: Pair, tmp_path: Path) -> None:
     """As Llama's: a token before the text unless the template has written it, with an empty range of characters."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(pair.folder)
+    tokenizer = AutoTokenizer.from_pretrained(qwen.folder)
     begin = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     end = tokenizer.convert_tokens_to_ids("<|vision_pad|>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -265,10 +276,10 @@ def test_a_tokenizer_that_adds_tokens_of_its_own(pair: Pair, tmp_path: Path) -> 
     )
     tokenizer.bos_token = "<|endoftext|>"
     messages = [user("hello"), assistant("you")]
-    plain = pair.ours.encode(messages, [])
-    encoded = ChatEncoder(tokenizer, pair.ours.chat_template, pair.ours.family).encode(messages, [], False)
+    plain = qwen.ours.encode(messages, [])
+    encoded = ChatEncoder(tokenizer, qwen.ours.chat_template, qwen.ours.family).encode(messages, [], False)
     assert encoded.input_ids == [begin, *plain.input_ids, end]
     assert encoded.assistant_spans == [(first + 1, last + 1) for first, last in plain.assistant_spans]
-    template = "{{ bos_token }}" + pair.ours.chat_template
-    written = ChatEncoder(tokenizer, template, pair.ours.family).encode(messages, [], False)
+    template = "{{ bos_token }}" + qwen.ours.chat_template
+    written = ChatEncoder(tokenizer, template, qwen.ours.family).encode(messages, [], False)
     assert written.input_ids == [begin, *plain.input_ids]

@@ -88,6 +88,12 @@ def both(
     return results[0], results[1]
 
 
+@pytest.fixture
+def pair(qwen: Pair) -> Pair:
+    """Templates and layouts here are written with this family's tokens."""
+    return qwen
+
+
 @pytest.fixture(params=["built-in", "counting"])
 def encoder(pair: Pair, request: pytest.FixtureRequest) -> ChatEncoder:
     template = pair.ours.chat_template if request.param == "built-in" else COUNTING

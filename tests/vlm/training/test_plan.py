@@ -173,6 +173,29 @@ def test_widths_of_both_vision_configurations() -> None:
     assert towers(QWEN2_5_VL_7B | qwen2_vl)[1] == Tower(32, 1280, 5120)
 
 
+def test_widths_of_towers_with_a_second_encoder_or_a_merging_projector() -> None:
+    text = {"num_hidden_layers": 40, "hidden_size": 4096, "intermediate_size": 14336}
+    vision = {"num_hidden_layers": 32, "num_global_layers": 8, "hidden_size": 1280, "intermediate_size": 5120}
+    assert towers({"text_config": text, "vision_config": vision})[1:] == (Tower(40, 1280, 5120), 1)
+    vision = {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096}
+    mistral3 = {"text_config": text, "vision_config": vision, "spatial_merge_size": 2}
+    assert towers(mistral3)[1:] == (Tower(24, 1024, 4096), 4)
+
+
+def test_an_image_behind_one_token_costs_what_its_tiles_cost(tiny_run: Callable, tmp_path: Path) -> None:
+    memory = {}
+    for model_type in ("mllama", "qwen2_vl"):
+        run = tiny_run(model_type)
+        folder = tmp_path / model_type
+        build_adapter(run.loaded, LoraConfig(rank=2), folder)
+        settings = TrainingConfig(batch_size=1, max_steps=8, gradient_accumulation=1)
+        memory[model_type] = make_plan(
+            run.dataset_dir, run.checkpoint_dir, folder, settings, folder / "plan", device="cpu", dtype="float32"
+        ).memory["activations_bytes"]
+    # Two images: 2 * 4 tiles * 24 positions against the 14 * 4 patches of the other family.
+    assert memory["mllama"] > 1.5 * memory["qwen2_vl"]
+
+
 def test_a_frozen_tower_costs_one_layer_and_no_graph() -> None:
     tower = Tower(10, 64, 128)
     frozen = tower.activation_bytes(100, 2, checkpointing=False, trained=False)

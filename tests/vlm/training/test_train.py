@@ -1,7 +1,9 @@
 import json
 import os
+import re
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,9 +174,12 @@ def test_a_frozen_vision_tower_keeps_no_graph(
     base = run.loaded.model
     hooks = [
         block.register_forward_hook(
-            lambda module, inputs, output: seen.append((output.requires_grad, module.gradient_checkpointing))
+            lambda module, inputs, output: seen.append(
+                (output.requires_grad, getattr(module, "gradient_checkpointing", False))
+            )
         )
-        for block in base.model.visual.blocks
+        for name, block in base.named_modules()
+        if re.fullmatch(run.loaded.family.vision_layer, name)
     ]
     language: list[bool] = []
     hooks.append(
@@ -194,6 +199,30 @@ def test_a_frozen_vision_tower_keeps_no_graph(
             hook.remove()
     assert set(seen) == {(False, False)}
     assert any(language)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_checkpointing_recomputes_every_trained_layer(tiny_run: Callable, tmp_path: Path, model_type: str) -> None:
+    run = tiny_run(model_type)
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> Callable[..., None]:
+        return lambda module, inputs: calls.update([name])
+
+    # The first layer of each attention; validation calls it as well, but as often in both runs.
+    first = {name: module for name, module in run.loaded.model.named_modules() if name.endswith((".q_proj", ".qkv"))}
+    hooks = [module.register_forward_pre_hook(count(name)) for name, module in first.items()]
+    counts = []
+    try:
+        for checkpointing in (True, False):
+            calls.clear()
+            settings = {"batch_size": 8, "gradient_accumulation": 1, "gradient_checkpointing": checkpointing}
+            Training(run, tmp_path / str(checkpointing), LoraConfig(rank=2), max_steps=1, **settings).start()
+            counts.append(dict(calls))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert {name: counts[0][name] - counts[1][name] for name in first} == dict.fromkeys(first, 1)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

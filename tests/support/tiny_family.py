@@ -1,0 +1,64 @@
+"""What the tests know of a family apart from its row: how to build a tiny checkpoint, and what must come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyFamily:
+    """One family's facts, written down from printed models and published formats, not computed with the family's row.
+
+    Attributes:
+        build: Builds a model without weights of note; takes whether the head shares the embeddings' weights.
+        write: Writes a model's checkpoint folder: `(model, folder)`.
+        processor_class: Name of the stock processor's class.
+        stock_processor: Opens a folder with the stock processor, or the parts of it that need no torchvision.
+        answer_start: What the chat template writes right before an answer.
+        end_of_turn: The token behind an answer.
+        pad_token: The token for padding.
+        image_tokens: All tokens that stand for images.
+        language_attention: Full names of these layers, and so on.
+    """
+
+    build: Callable[[bool], Any]
+    write: Callable[[Any, Path], None]
+    processor_class: str
+    stock_processor: Callable[[Path], Any]
+    answer_start: str
+    end_of_turn: str
+    pad_token: str
+    image_tokens: tuple[str, ...]
+    language_attention: tuple[str, ...]
+    language_mlp: tuple[str, ...]
+    vision_attention: tuple[str, ...]
+    vision_mlp: tuple[str, ...]
+    projector: tuple[str, ...]
+
+    @property
+    def num_linear_layers(self) -> int:
+        """Linear layers outside the head."""
+        groups = (self.language_attention, self.language_mlp, self.vision_attention, self.vision_mlp, self.projector)
+        return sum(len(group) for group in groups)
+
+
+def stock_pixels(oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:
+    """Image tensors of a stock processor for a batch.
+
+    Args:
+        oracle: The stock processor.
+        rows: Images of each row.
+        options: For its image processor.
+    """
+    nested = type(oracle).__name__ == "MllamaProcessor"
+    images = rows if nested else [image for row in rows for image in row]
+    output, _ = oracle._process_images(images, return_tensors="pt", **options)
+    return {name: value for name, value in output.items() if name != "num_tiles"}
+
+
+def names(pattern: str, numbers: int, endings: tuple[str, ...]) -> tuple[str, ...]:
+    """Full names of layers that are numbered from 0."""
+    return tuple(pattern.format(number) + ending for number in range(numbers) for ending in endings)
