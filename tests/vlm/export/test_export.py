@@ -172,14 +172,13 @@ def test_fully_trained_weights_are_exported_as_they_are(
 
     run = tiny_run(model_type)
     adapter = make_fully_trained(run, tmp_path / "adapter", LoraConfig(full_finetuning=parts))
-    batch = batch_of(run.loaded, run.dataset_dir, "train", [0, 1, 2])
     with attached(run.loaded, adapter) as model:
-        expected = logits(model, batch)
+        expected = logits_alone(model, run, [0, 1, 2])
     summary = run_export("merged_16bit", run, adapter, tmp_path / "merged", max_shard_size_mb=1)
     merged = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "merged", dtype="auto", local_files_only=True
     ).eval()
-    assert torch.equal(logits(merged, batch), expected)
+    assert torch.equal(logits_alone(merged, run, [0, 1, 2]), expected)
     assert summary.num_adapted_modules == json.loads((adapter / "targets.json").read_text())["num_targets"]
     assert f"Trained whole: {', '.join(sorted(parts))};" in (tmp_path / "merged" / "README.md").read_text()
     with pytest.raises(ExportError, match="trained whole, without an adapter; export 'merged_16bit'"):

@@ -477,7 +477,9 @@ def test_each_part_learns_at_its_own_rate(
         parameters = {key: parameter.detach().clone() for key, parameter in adapter_parameters(model).items()}
     groups = []
     for key, tensor in parameters.items():
-        part = "projector" if "merger" in key else "vision" if "visual" in key else "language"
+        is_projector = any(word in key for word in ("visual.merger", "multi_modal_projector"))
+        is_vision = any(word in key for word in ("visual.", "vision_tower.", "vision_model."))
+        part = "projector" if is_projector else "vision" if is_vision else "language"
         tensor.grad = gradients.found[key]
         # Norms and biases are the ones with a single axis.
         groups.append({"params": [tensor], "lr": rates[part], "weight_decay": 0.1 if tensor.ndim > 1 else 0.0})
