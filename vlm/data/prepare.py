@@ -1,17 +1,18 @@
 """Prepares a dataset: streams rows, works on a bounded number of them at a time, and writes them in order.
 
-sources -> rows -> [map, decode, measure, resize: threads, later processes] -> split -> storage
+sources -> rows -> [map, decode, measure, resize: threads] -> split -> storage
 └── what is wrong with a row ──────────> ledger
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,21 +21,19 @@ from vlm import progress
 from vlm.config.data import DataConfig
 from vlm.data.images import pillow_limit_off
 from vlm.data.ledger import Ledger
-from vlm.data.locations import is_local
 from vlm.data.mapping import resolve_columns
 from vlm.data.rows import Outcome, Sample
 from vlm.data.sample import ConversationEncoder, Job, SampleMaker
 from vlm.data.sources import RowStream, open_streams
 from vlm.data.splits import SPLITS, LeakWatch, UniqueNames, split_of
 from vlm.data.storage import SplitWriter
-from vlm.data.workers import Workers
 from vlm.errors import DataError
 from vlm.summary import Summary
 
 # A column that is mapped wrongly spoils every row; nobody should wait for the millionth to hear it.
 _ALL_DROPPED_AFTER = 1000
 _CHUNK_WEIGHT_BYTES = 1 << 18
-_CHUNK_MAX_ROWS = 16
+_CHUNK_MAX_ROWS = 32
 
 
 @dataclass
@@ -109,6 +108,7 @@ def prepare_dataset(
     output_dir = Path(output_dir)
     with ExitStack() as stack:
         stack.enter_context(pillow_limit_off())
+        stack.enter_context(_old_objects_left_alone())
         ledger = stack.enter_context(Ledger(output_dir / "ledger.jsonl"))
         writers = {split: stack.enter_context(SplitWriter(output_dir / split)) for split in SPLITS}
         sink = _Sink(data, streams, ledger, writers)
@@ -117,18 +117,23 @@ def prepare_dataset(
         totals = [stream.num_rows for stream in streams]
         total = None if None in totals else sum(filter(None, totals))
         count = os.cpu_count() or 1 if num_workers is None else num_workers
-        # Other processes cannot see a file system that lives in this one's memory; remote ones keep threads busy waiting.
-        may_start = all(
-            stream.folder is None or stream.folder.fs is None or is_local(stream.folder.fs) for stream in streams
-        )
-        outcomes = _in_order(jobs, maker, count, may_start=may_start)
-        for job, outcome in progress.track(outcomes, "prepare", total):
+        for job, outcome in progress.track(_in_order(jobs, maker, count), "prepare", total):
             sink.take(job, outcome)
         summary = sink.summary(maker.limit_tokens)
     _check(data, summary, ledger, required_splits)
     text = json.dumps(summary.to_json(), sort_keys=True, indent=2, ensure_ascii=False)
     (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
     return summary
+
+
+@contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Spares the garbage collector what lived before: with torch loaded, one full pass costs as much as a thousand text lines."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _jobs(streams: list[RowStream], data: DataConfig) -> Iterator[Job]:
@@ -146,21 +151,17 @@ def _jobs(streams: list[RowStream], data: DataConfig) -> Iterator[Job]:
                 break
 
 
-def _in_order(
-    jobs: Iterator[Job], maker: SampleMaker, num_workers: int, *, may_start: bool
-) -> Iterator[tuple[Job, Outcome]]:
+def _in_order(jobs: Iterator[Job], maker: SampleMaker, num_workers: int) -> Iterator[tuple[Job, Outcome]]:
     """Outcomes in the order of the jobs; at most two chunks per worker, and two more, are in memory."""
     if num_workers == 0:
-        for job in jobs:
-            yield job, maker(job)
+        for chunk in _chunks(jobs):
+            yield from zip(chunk, maker(chunk), strict=True)
         return
-    workers = Workers(maker, num_workers, may_start=may_start)
     window: deque[tuple[list[Job], Future[list[Outcome]]]] = deque()
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="prepare")
     try:
         for chunk in _chunks(jobs):
-            window.append((chunk, pool.submit(workers, chunk)))
-            workers.start_if_worthwhile()
+            window.append((chunk, pool.submit(maker, chunk)))
             if len(window) >= 2 * num_workers + 2:
                 done, future = window.popleft()
                 yield from zip(done, future.result(), strict=True)
@@ -169,7 +170,6 @@ def _in_order(
             yield from zip(done, future.result(), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
-        workers.close()
 
 
 def _chunks(jobs: Iterator[Job]) -> Iterator[list[Job]]:

@@ -25,13 +25,6 @@ class RowError(Exception):
         self.message = message
         self.details = details
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _row_error, (self.reason, self.message, self.details)
-
-
-def _row_error(reason: str, message: str, details: dict[str, Any]) -> RowError:
-    return RowError(reason, message, **details)
-
 
 @dataclass(frozen=True)
 class UnreadableRow:

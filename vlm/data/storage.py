@@ -173,7 +173,7 @@ class _Batch:
         self._groups.append(sample.group)
         self._messages.append(_json(sample.messages))
         self._targets.append(last_text(sample.messages))
-        self._metadata.append(_json(sample.metadata))
+        self._metadata.append(_json(sample.metadata) if sample.metadata else "{}")
         self._input_ids.add(sample.input_ids)
         self._spans.add([bound for span in sample.assistant_spans for bound in span])
         self._shapes.add([length for image in sample.images for length in image.shape])

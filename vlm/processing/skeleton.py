@@ -170,7 +170,8 @@ class Skeleton:
                 edges += [base + number + count - 1 if number else base for number in counts]
             else:
                 ids += section_ids
-                edges += [base + number for number in counts]
+                if counts:
+                    edges += [base + number for number in counts]
         return ids, list(zip(edges[::2], edges[1::2], strict=True))
 
 

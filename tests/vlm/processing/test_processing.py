@@ -214,7 +214,7 @@ def test_importing_it_imports_nothing_heavy() -> None:
 
 
 def test_a_copy_sent_to_another_process_encodes_the_same(pair: Pair) -> None:
-    """Dataset preparation sends it to worker processes."""
+    """Data loaders send it to worker processes."""
     import pickle
 
     copy = pickle.loads(pickle.dumps(pair.ours))  # noqa: S301 - made here
