@@ -349,9 +349,12 @@ def test_checkpoints_of_other_settings_are_not_resumed_from(
     assert training.start().resumed_from_step is None
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_quantised_base_trains_the_adapter_in_float32(tiny_run: Callable, tmp_path: Path, quantization: str) -> None:
-    run = tiny_run("qwen2_5_vl", quantization)
+def test_a_quantised_base_trains_the_adapter_in_float32(
+    tiny_run: Callable, tmp_path: Path, model_type: str, quantization: str
+) -> None:
+    run = tiny_run(model_type, quantization)
     seen: set[torch.dtype] = set()
 
     class Types(TrainerCallback):
