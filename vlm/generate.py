@@ -172,10 +172,16 @@ def _answer(model: Any, processing: Processing, rows: Sequence[PreparedRow], max
         ids[number, length - len(prompt) :] = torch.tensor(prompt)
         mask[number, length - len(prompt) :] = 1
     inputs = {"input_ids": ids, "attention_mask": mask, **processing.model_inputs(ids, processing.pixel_inputs(images))}
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    # transformers casts pixels to the vision tower's precision itself.
+    inputs = {name: _placed(value, model) for name, value in inputs.items()}
     generated = model.generate(**inputs, generation_config=_greedy(model.generation_config, processing, max_new_tokens))
     return [_finish(new, processing) for new in generated[:, length:].tolist()]
+
+
+def _placed(value: Any, model: Any) -> Any:
+    """On the model's device, pixels in its precision: some vision towers take no other."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
 def _greedy(own: Any, processing: Processing, max_new_tokens: int) -> Any:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm.config import LoraConfig
+from vlm.lora.targets import EXPERTS_PATTERN
+
 
 @dataclass(frozen=True, kw_only=True)
 class TinyFamily:
@@ -22,6 +25,9 @@ class TinyFamily:
         pad_token: The token for padding.
         image_tokens: All tokens that stand for images.
         language_attention: Full names of these layers, and so on.
+        language_experts: Full names of the 3-D parameters of routed experts.
+        marks_answers: Whether `answer_start` can only stand before an answer; else it is what the tests' own question
+            ends with, and nothing stands between the two.
     """
 
     build: Callable[[bool], Any]
@@ -37,12 +43,20 @@ class TinyFamily:
     vision_attention: tuple[str, ...]
     vision_mlp: tuple[str, ...]
     projector: tuple[str, ...]
+    language_experts: tuple[str, ...] = ()
+    marks_answers: bool = True
 
     @property
     def num_linear_layers(self) -> int:
         """Linear layers outside the head."""
         groups = (self.language_attention, self.language_mlp, self.vision_attention, self.vision_mlp, self.projector)
         return sum(len(group) for group in groups)
+
+    def without_experts(self, lora: LoraConfig) -> LoraConfig:
+        """The same settings without routed experts, which have no DoRA and no dropout."""
+        if not self.language_experts:
+            return lora
+        return lora.model_copy(update={"exclude_modules": (*lora.exclude_modules, EXPERTS_PATTERN)})
 
 
 def stock_pixels(oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:

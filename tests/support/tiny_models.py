@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.support.tiny_deepseek_ocr import DEEPSEEK_OCR, DEEPSEEK_OCR2
 from tests.support.tiny_family import TinyFamily, names
 from tests.support.tiny_mistral3 import MISTRAL3
 from tests.support.tiny_mllama import MLLAMA
@@ -113,6 +114,8 @@ TINY: dict[str, TinyFamily] = {
     "mllama": MLLAMA,
     "pixtral": PIXTRAL,
     "mistral3": MISTRAL3,
+    "deepseek_ocr": DEEPSEEK_OCR,
+    "deepseek_ocr2": DEEPSEEK_OCR2,
 }
 TINY_FAMILIES = tuple(TINY)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm.errors import ExportError
 from vlm.export.card import model_card
+from vlm.lora.file_keys import PREFIX, key_of
 from vlm.lora.peft_model import CONFIG_FILE, TARGETS_FILE, WEIGHTS_FILE
 
 
@@ -65,11 +66,11 @@ def _check_complete(adapter_dir: Path, targets: Mapping[str, Any]) -> None:
 
     with safe_open(adapter_dir / WEIGHTS_FILE, framework="pt") as file:
         ranks = {
-            key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): file.get_slice(key).get_shape()[0]
+            key.removeprefix(PREFIX).removesuffix(".lora_A.weight"): file.get_slice(key).get_shape()[0]
             for key in file.keys()  # noqa: SIM118, a file, not a dict
             if key.endswith(".lora_A.weight")
         }
-    expected = {target["name"]: target["rank"] for target in targets["targets"]}
+    expected = {key_of(target): target["rank"] * target.get("num_experts", 1) for target in targets["targets"]}
     if ranks != expected:
         differing = sorted(set(ranks.items()) ^ set(expected.items()))
         raise ExportError(

@@ -7,7 +7,7 @@ mapping comes from transformers itself. Loads torch, transformers and, for quant
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ _INT8_PARTS = (".SCB", ".weight_format")
 
 
 def stored_names(model: PreTrainedModel) -> dict[str, str]:
-    """Under which key each tensor of a model is stored.
+    """Under which key each tensor of a model is stored in a checkpoint of ours.
 
     Args:
         model: May be without storage (on the meta device).
@@ -34,12 +34,28 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
     Returns:
         Keys in a checkpoint by full name in the model, tied weights included.
     """
-    from transformers.core_model_loading import revert_weight_conversion
+    from vlm.loading.stored_names import older_names
 
     names = list(model.state_dict())
-    # Each name travels as a number, so that it is found again whatever happens to the key.
-    numbered = {name: torch.tensor([number]) for number, name in enumerate(names)}
-    return {names[int(tensor)]: key for key, tensor in revert_weight_conversion(model, numbered).items()}
+    return dict(zip(names, older_names(model, names), strict=True))
+
+
+def stored_scales(model: PreTrainedModel) -> dict[str, str]:
+    """Under which key the scales of each weight are stored where that is quantised to 8 bits.
+
+    transformers renames some weights by their whole name, which does not take their scales along.
+
+    Args:
+        model: May be without storage (on the meta device).
+
+    Returns:
+        Keys in a checkpoint by the keys of the weights.
+    """
+    from vlm.loading.stored_names import older_names
+
+    weights = [name for name in model.state_dict() if name.endswith(".weight")]
+    scales = [name.removesuffix("weight") + "SCB" for name in weights]
+    return dict(zip(older_names(model, weights), older_names(model, scales), strict=True))
 
 
 class StoredWeights:
@@ -48,11 +64,13 @@ class StoredWeights:
     Args:
         model_dir: Folder with safetensors files.
         device: ``cpu`` or ``cuda``, where weights are dequantised.
+        scale_keys: Where `stored_scales` finds 8-bit weights' scales.
     """
 
-    def __init__(self, model_dir: Path, device: str) -> None:
+    def __init__(self, model_dir: Path, device: str, scale_keys: Mapping[str, str]) -> None:
         self._model_dir = model_dir
         self._device = device
+        self._scale_keys = scale_keys
         self._files: dict[str, Any] = {}
 
     def __enter__(self) -> StoredWeights:
@@ -93,8 +111,12 @@ class StoredWeights:
         )
         if mark is not None:
             return self._dequantize_nf4(key, mark, tensor)
-        scale_key = key.removesuffix("weight") + "SCB"
-        if tensor.dtype == torch.int8 and scale_key in self._files:
+        if tensor.dtype == torch.int8:
+            scale_key = self._scale_keys.get(key)
+            if scale_key not in self._files:
+                raise ExportError(
+                    f"{self._model_dir} stores {key!r} in 8 bits without its scales; load the model again"
+                )
             row_maximum = self._files[scale_key].get_tensor(scale_key).to(self._device, torch.float32)
             # LLM.int8() stores each row as 127 · weight / (the row's largest absolute value).
             return tensor.to(torch.float32) * (row_maximum / 127)[:, None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -76,13 +76,23 @@ class Family:
         media_tokens: All tokens around and for images and videos; none of them ever carries loss.
         target_size: `(parts, height, width, min_pixels, max_pixels)` to the (height, width) that an image is resized to.
         image_layout: `(parts, height, width)` of an image at its target size to the text that stands for it.
-        pixel_inputs: `(parts, images of each row)` to the model's image tensors.
+        pixel_inputs: `(parts, images of each row)` to the model's image tensors, and lists where the model takes those.
         token_inputs: `(parts, input_ids of shape [batch, sequence], pixel inputs)` to further tensors that the model
             needs beside the ids, such as token types or a cross-attention mask.
         resize: `(parts, RGB or grey image, target size)` to the image at that size; None for the image processor's filter alone.
         patches_per_token: A model's `config.json` to the positions in the vision tower behind each media token; None where
             these are merged squares of patches.
         prepare_model: Called once with every live model, for what its batches need to be right; None for nothing.
+        translate_config: Turns the content of a `config.json` that transformers has no class for into one of
+            `model_class`; gets native ones too, and gives them back. None where all checkpoints are native.
+        tokenizer_class: Class in transformers that opens `tokenizer.json`, where the one that checkpoints name is wrong.
+        image_processor_defaults: Content of a `preprocessor_config.json` for checkpoints that have none.
+        chat_template: Jinja source for checkpoints that have none.
+        markup_tokens: Special tokens that belong in people's texts and in answers, such as marks around a box; all others
+            stay plain characters there.
+        cut_before_answers: Whether an answer is tokenised by itself, as generation does: for layouts in which nothing
+            stands between a question and its answer, so that a token could reach over both.
+        generation_defaults: Generation settings for checkpoints without `generation_config.json`.
     """
 
     model_type: str
@@ -106,11 +116,18 @@ class Family:
     media_tokens: tuple[str, ...]
     target_size: Callable[[MediaParts, int, int, int | None, int | None], tuple[int, int]]
     image_layout: Callable[[MediaParts, int, int], ImageLayout]
-    pixel_inputs: Callable[[MediaParts, RowImages], dict[str, torch.Tensor]]
-    token_inputs: Callable[[MediaParts, torch.Tensor, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+    pixel_inputs: Callable[[MediaParts, RowImages], dict[str, Any]]
+    token_inputs: Callable[[MediaParts, torch.Tensor, Mapping[str, Any]], dict[str, torch.Tensor]]
     resize: Callable[[MediaParts, Image.Image, tuple[int, int]], Image.Image] | None = None
     patches_per_token: Callable[[Mapping[str, Any]], int] | None = None
     prepare_model: Callable[[Any], None] | None = None
+    translate_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    tokenizer_class: str | None = None
+    image_processor_defaults: Mapping[str, Any] | None = None
+    chat_template: str | None = None
+    markup_tokens: tuple[str, ...] = ()
+    cut_before_answers: bool = False
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def part_of(self, name: str) -> PartName | None:
         """The part that a module or parameter belongs to.

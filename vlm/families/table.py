@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm.errors import ModelError, near_names
+from vlm.families.deepseek_ocr import DEEPSEEK_OCR
+from vlm.families.deepseek_ocr2 import DEEPSEEK_OCR2
 from vlm.families.family import Family
 from vlm.families.mistral3 import MISTRAL3
 from vlm.families.mllama import MLLAMA
@@ -14,7 +16,8 @@ from vlm.families.qwen2_5_vl import QWEN2_5_VL
 from vlm.families.qwen2_vl import QWEN2_VL
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (QWEN2_VL, QWEN2_5_VL, MLLAMA, PIXTRAL, MISTRAL3)
+    family.model_type: family
+    for family in (QWEN2_VL, QWEN2_5_VL, MLLAMA, PIXTRAL, MISTRAL3, DEEPSEEK_OCR, DEEPSEEK_OCR2)
 }
 
 

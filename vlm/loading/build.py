@@ -17,7 +17,14 @@ from typing import Any
 from vlm.config.model import ModelConfig
 from vlm.errors import ModelError
 from vlm.families import family_for_config
-from vlm.loading.checkpoint import DESCRIPTION_FILE, MODEL_FOLDER, PROCESSOR_FOLDER, load_model, progress_where_seen
+from vlm.loading.checkpoint import (
+    DESCRIPTION_FILE,
+    MODEL_FOLDER,
+    PROCESSOR_FOLDER,
+    load_model,
+    progress_where_seen,
+    save_model,
+)
 from vlm.loading.device import resolve_quantization
 from vlm.loading.source import check_weights, fetch_from_hub, is_builtin, local_folder
 from vlm.processing import Processing
@@ -39,6 +46,8 @@ class CheckpointSummary:
         dtype: Name of the torch dtype of computation and of unquantised weights.
         num_parameters: Number of the model's weights, however they are stored.
         num_quantized_modules: Number of quantised linear layers.
+        unquantized_experts: Names of the 3-D parameters of routed experts, which quantisation does not reach: they stay
+            in the precision above. Empty without quantisation.
     """
 
     family: str
@@ -49,10 +58,12 @@ class CheckpointSummary:
     dtype: str
     num_parameters: int
     num_quantized_modules: int
+    unquantized_experts: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {**dataclasses.asdict(self), "keep_unquantized": list(self.keep_unquantized)}
+        lists = {name: list(getattr(self, name)) for name in ("keep_unquantized", "unquantized_experts")}
+        return {**dataclasses.asdict(self), **lists}
 
 
 def build_checkpoint(model: ModelConfig, output_dir: Path, *, device: str, dtype: str) -> CheckpointSummary:
@@ -85,9 +96,15 @@ def _build(
     source: Path, source_name: str, settings: ModelConfig, output_dir: Path, device: str, dtype: str
 ) -> CheckpointSummary:
     import torch
-    from transformers import AutoConfig
 
-    from vlm.loading.quantization import blueprint, is_quantized, quantization_config, unquantized_modules
+    from vlm.loading.model_config import model_config
+    from vlm.loading.quantization import (
+        blueprint,
+        expert_parameters,
+        is_quantized,
+        quantization_config,
+        unquantized_modules,
+    )
 
     raw_config = read_json(source / "config.json")
     family = family_for_config(raw_config)
@@ -99,16 +116,20 @@ def _build(
         )
     check_weights(source)
     processing = Processing.from_dir(source)
+    if family.translate_config is not None:
+        raw_config = family.translate_config(raw_config)
     _check_image_token(raw_config, processing, source)
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
-    bare = blueprint(family, config)
+    bare = blueprint(family, model_config(source, family))
     skipped = unquantized_modules(bare, family, settings)
     quantization = quantization_config(settings, skipped, getattr(torch, dtype))
     model = load_model(source, family, device=device, dtype=dtype, quantization=quantization)
     if _settle_tying(model):
         bare = blueprint(family, model.config)
+    if not (source / "generation_config.json").is_file():
+        stop = {"eos_token_id": list(processing.stop_token_ids), "pad_token_id": processing.pad_token_id}
+        model.generation_config.update(**stop, **family.generation_defaults)
     with progress_where_seen():
-        model.save_pretrained(output_dir / MODEL_FOLDER, max_shard_size=_MAX_SHARD_SIZE)
+        save_model(model, output_dir / MODEL_FOLDER, max_shard_size=_MAX_SHARD_SIZE)
     processing.save(output_dir / PROCESSOR_FOLDER)
     summary = CheckpointSummary(
         family=family.model_type,
@@ -119,6 +140,7 @@ def _build(
         dtype=dtype,
         num_parameters=sum(parameter.numel() for parameter in bare.parameters()),
         num_quantized_modules=_num_quantized(model),
+        unquantized_experts=tuple(expert_parameters(bare, family)) if quantization is not None else (),
     )
     text = json.dumps(summary.to_json(), indent=2, sort_keys=True)
     (output_dir / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")

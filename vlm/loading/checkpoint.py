@@ -87,6 +87,7 @@ def load_model(
     import torch
     import transformers
 
+    from vlm.loading.model_config import model_config
     from vlm.loading.quantization import make_trainable
 
     model_class: Any = getattr(transformers, family.model_class)
@@ -95,6 +96,7 @@ def load_model(
         with progress_where_seen():
             model, report = model_class.from_pretrained(
                 folder,
+                config=model_config(folder, family),
                 dtype=getattr(torch, dtype),
                 device_map={"": place},
                 attn_implementation="sdpa",
@@ -123,6 +125,24 @@ def load_model(
     if family.prepare_model is not None:
         family.prepare_model(model)
     return model.eval()
+
+
+def save_model(model: PreTrainedModel, folder: Path, *, max_shard_size: str) -> None:
+    """Writes a model so that `load_model` gives the same bits.
+
+    transformers turns weights back into the layout that they were read from: parameters get their older names, and some
+    are joined (three projections in one) or cut (an expert each). Quantised weights must not be joined, since their
+    scales would not fit any more; so only the names are turned back here. Loading takes both layouts.
+
+    Args:
+        model: Any model of transformers.
+        folder: Made if need be.
+        max_shard_size: Largest file, such as ``"4GB"``.
+    """
+    from vlm.loading.stored_names import without_conversions
+
+    with without_conversions(model):
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 @contextmanager

@@ -5,6 +5,7 @@
 * An own list replaces the default one, which holds the head; so the head is always in it.
 * On CPUs with AVX512-BF16 the first forward pass in eval mode repacks a 4-bit weight into a form without a backward
   pass, and training goes on without gradients. `make_trainable` turns the repacking off.
+* An 8-bit layer takes no input of four dimensions on a CPU. `make_trainable` mends that too.
 
 Imports torch and transformers when its functions are called.
 """
@@ -12,7 +13,9 @@ Imports torch and transformers when its functions are called.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlm.config.model import ModelConfig
@@ -42,6 +45,17 @@ def unquantized_modules(model: PreTrainedModel, family: Family, settings: ModelC
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and family.part_of(name) in kept
     ]
+
+
+def expert_parameters(model: Any, family: Family) -> list[str]:
+    """Full names of the 3-D parameters of routed experts, in the model's order.
+
+    They are no linear layers, so bitsandbytes passes them by, and peft adapts them in a way of its own.
+    """
+    if family.language_expert_parameters is None:
+        return []
+    pattern = re.compile(family.language_expert_parameters)
+    return [name for name, _ in model.named_parameters() if pattern.fullmatch(name)]
 
 
 def quantization_config(settings: ModelConfig, skipped: list[str], dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -82,7 +96,15 @@ def make_trainable(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = dtype
             module.compute_type_is_set = True
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            module.forward = partial(_forward_of_rows, module)  # type: ignore[method-assign]
     _silence_cast_notes()
+
+
+def _forward_of_rows(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """An 8-bit layer's pass over an input of any shape; bitsandbytes refuses four dimensions, as SAM's windows have."""
+    rows = type(module).forward(module, x.flatten(0, -2) if x.ndim > 3 else x)
+    return rows.unflatten(0, x.shape[:-1]) if x.ndim > 3 else rows
 
 
 class _CastNotes(logging.Filter):

@@ -59,7 +59,9 @@ def attach_adapter(
     config = read_config(adapter_dir)
     config.inference_mode = not trainable
     names = [name for name, _ in loaded.model.named_modules()]
+    names += [name for name, _ in loaded.model.named_parameters()]
     targets = [] if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
+    targets += config.target_parameters or []
     # Adapters made elsewhere often give endings instead of full names.
     absent = [
         target

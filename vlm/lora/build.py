@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm.config import LoraConfig
+from vlm.lora.file_keys import target_keys
 from vlm.lora.full import describe_full
 from vlm.lora.peft_model import TARGETS_FILE, WEIGHTS_FILE, adapter_parameters, save_tensors, unwrap, wrap, write_config
 from vlm.lora.targets import Selection, select
@@ -34,7 +35,7 @@ class AdapterSummary(Summary):
     """The head of ``targets.json``."""
 
     num_targets: int
-    """Adapted modules; in full fine-tuning, trained tensors."""
+    """Adapted modules and expert parameters; in full fine-tuning, trained tensors."""
     num_targets_by_part: dict[str, int]
     """The same by part of the model."""
     num_trainable_parameters: int
@@ -83,6 +84,7 @@ def build_adapter(
     try:
         initialize(peft_model, lora.seed)
         num_trainable = sum(parameter.numel() for parameter in set(adapter_parameters(peft_model).values()))
+        keys = target_keys(peft_model, selection.targets)
         save_tensors(peft_model, output_dir / WEIGHTS_FILE)
         write_config(config, output_dir)
     finally:
@@ -98,7 +100,7 @@ def build_adapter(
     _write_targets(
         output_dir,
         summary,
-        targets=[{"name": name, "rank": selection.ranks[name]} for name in selection.targets],
+        targets=[{"name": name, "rank": selection.ranks[name], **keys.get(name, {})} for name in selection.targets],
         modules_to_save=list(selection.modules_to_save),
         seed=lora.seed,
     )
@@ -121,11 +123,14 @@ def peft_config(selection: Selection, lora: LoraConfig, base_name: str) -> PeftL
     """
     import peft
 
+    modules = [name for name in selection.targets if name not in selection.parameters]
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
-        # peft takes an empty list for "use your defaults"; a pattern that matches nothing says "none".
-        target_modules=list(selection.targets) or r"(?!)",
+        # peft takes an empty list for "use your defaults" unless there are parameters; a pattern that matches nothing
+        # says "none".
+        target_modules=modules if modules or selection.parameters else r"(?!)",
+        target_parameters=list(selection.parameters) or None,
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number works; only the hint says int
         lora_dropout=lora.dropout,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vlm.errors import LoraError, near_names
+from vlm.lora.file_keys import file_keys
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftLoraConfig
@@ -29,6 +30,7 @@ TARGETS_FILE = "targets.json"
 # Where a model whose own weights are trained, without an adapter, keeps them by name.
 WHOLE_ATTRIBUTE = "trained_whole_parameters"
 _ADAPTER = "default"
+_ORDER = "_vlm_parameter_order"
 
 
 def wrap(model: Any, config: PeftLoraConfig) -> PeftModel:
@@ -60,15 +62,26 @@ def wrap(model: Any, config: PeftLoraConfig) -> PeftModel:
         )
     # peft shortens a long list of targets in place; the exact names are what goes on record.
     targets, base_name = config.target_modules, config.base_model_name_or_path
+    order = _parameter_order(model, config.target_parameters or [])
     config.base_model_name_or_path = None
     with warnings.catch_warnings():
         # peft asks under a name that transformers renamed, and warns of tied weights, which the export unties.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
+        if config.target_parameters:
+            # It looks for the patterns among modules only, but applies them to parameters too.
+            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
         peft_model = peft.get_peft_model(model, config, adapter_name=_ADAPTER)
     # The folder that the base was loaded from would go on record otherwise.
     config.target_modules, config.base_model_name_or_path = targets, base_name
+    object.__setattr__(peft_model, _ORDER, order)
     return peft_model
+
+
+def _parameter_order(model: Any, targets: Sequence[str]) -> dict[str, list[str]]:
+    """Names of the parameters of each module that one of the targets is in, in their order."""
+    owners = dict.fromkeys(target.rpartition(".")[0] for target in targets)
+    return {owner: list(model.get_submodule(owner)._parameters) for owner in owners}
 
 
 def _cpu_parameters(model: Any) -> Iterator[torch.nn.Parameter]:
@@ -92,11 +105,18 @@ def unwrap(peft_model: PeftModel) -> Any:
         if isinstance(module, ModulesToSaveWrapper):
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, module.original_module)
-    return peft_model.unload()
+    model = peft_model.unload()
+    # Every pass takes adapted expert parameters out of their module and puts them back at its end. Their order decides
+    # under which of two names peft stores the next adapter of each.
+    for owner, names in getattr(peft_model, _ORDER, {}).items():
+        parameters = model.get_submodule(owner)._parameters
+        for name in names:
+            parameters[name] = parameters.pop(name)
+    return model
 
 
 def adapter_parameters(peft_model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """The adapter's live parameters under the names that peft gives them in a file.
+    """The adapter's live parameters under the names that they have in a file.
 
     Args:
         peft_model: A model with an adapter, or one whose own weights are trained; those go by their full names.
@@ -107,6 +127,13 @@ def adapter_parameters(peft_model: PeftModel) -> dict[str, torch.nn.Parameter]:
     whole: dict[str, torch.nn.Parameter] | None = getattr(peft_model, WHOLE_ATTRIBUTE, None)
     if whole is not None:
         return whole
+    live = _live_parameters(peft_model)
+    keys = file_keys(peft_model, list(live))
+    return dict(sorted((keys[name], parameter) for name, parameter in live.items()))
+
+
+def _live_parameters(peft_model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters under the names that peft would write."""
     found = {}
     for name, parameter in peft_model.named_parameters(remove_duplicate=False):
         if f".modules_to_save.{_ADAPTER}." in name:
@@ -115,7 +142,7 @@ def adapter_parameters(peft_model: PeftModel) -> dict[str, torch.nn.Parameter]:
             found[name.replace(f".{_ADAPTER}.weight", "")] = parameter
         elif re.search(rf"\.lora_\w+\.{_ADAPTER}(\.|$)", name):
             found[re.sub(rf"\.{_ADAPTER}(?=\.|$)", "", name)] = parameter
-    return dict(sorted(found.items()))
+    return found
 
 
 def base_model(model: Any) -> Any:
@@ -154,6 +181,9 @@ def load_tensors(peft_model: PeftModel, path: Path) -> None:
     """
     places = adapter_parameters(peft_model)
     with safe_open(path, framework="pt") as file:
+        live = _live_parameters(peft_model)
+        if live.keys() != places.keys() and live.keys() == set(file.keys()):
+            places = live  # written by peft itself, which cannot read it back (see `file_keys`)
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, a file, not a dict
     check_shapes(shapes, {key: tuple(parameter.shape) for key, parameter in places.items()}, str(path.name))
     tensors = load_file(path)

@@ -1,4 +1,7 @@
-"""Which modules an adapter adapts, as exact full names.
+"""Which modules and expert parameters an adapter adapts, as exact full names.
+
+The weights of routed experts are 3-D parameters and no modules; they count as layers here all the same: a switch, a
+target or an exclusion reaches them by name.
 
 Imports neither torch nor peft: names come from a live model or from any list.
 """
@@ -17,16 +20,22 @@ if TYPE_CHECKING:
     from vlm.families import Family
 
 
+# Reaches routed experts and no shared ones; for the remedy of an error.
+EXPERTS_PATTERN = r".*\.experts\..*"
+
+
 @dataclass(frozen=True)
 class Selection:
     """The chosen modules."""
 
     targets: tuple[str, ...]
-    """Full names of the adapted modules, in the model's order."""
+    """Full names of the adapted modules, in the model's order, and behind them those of the adapted expert parameters."""
     ranks: dict[str, int]
     """Rank of each target."""
     modules_to_save: tuple[str, ...]
     """Full names of the modules trained whole."""
+    parameters: tuple[str, ...] = ()
+    """Those of the targets that are expert parameters."""
 
 
 def linear_names(model: Any) -> list[str]:
@@ -36,11 +45,22 @@ def linear_names(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
+def adaptable_names(model: Any, family: Family) -> list[str]:
+    """Full names of the linear layers of a live model, and behind them those of its expert parameters."""
+    return [*linear_names(model), *expert_names([name for name, _ in model.named_parameters()], family)]
+
+
+def expert_names(names: Iterable[str], family: Family) -> list[str]:
+    """Those of some names that are expert parameters of the family."""
+    pattern = family.language_expert_parameters
+    return [] if pattern is None else [name for name in names if re.fullmatch(pattern, name)]
+
+
 def select_targets(model_or_names: Any, family: Family, lora: LoraConfig) -> list[str]:
     """Chooses the adapted modules.
 
     Args:
-        model_or_names: A live model without adapter, or the full names of its linear layers.
+        model_or_names: A live model without adapter, or the full names of its linear layers and expert parameters.
         family: Row of the family table.
         lora: Switches, or explicit targets instead of them, and exclusions.
 
@@ -48,9 +68,9 @@ def select_targets(model_or_names: Any, family: Family, lora: LoraConfig) -> lis
         Exact full names, in the model's order.
 
     Raises:
-        LoraError: A target or an exclusion matches nothing, or nothing is left.
+        LoraError: A target or an exclusion matches nothing, nothing is left, or experts are to have what they cannot.
     """
-    names = list(model_or_names) if isinstance(model_or_names, Sequence) else linear_names(model_or_names)
+    names = list(model_or_names) if isinstance(model_or_names, Sequence) else adaptable_names(model_or_names, family)
     if lora.target_modules:
         chosen = {name for target in lora.target_modules for name in _matches(target, names, "lora.target_modules")}
     else:
@@ -64,6 +84,15 @@ def select_targets(model_or_names: Any, family: Family, lora: LoraConfig) -> lis
         raise LoraError(
             f"lora.target_modules reaches the language-model head {heads[0]!r}, which cannot carry an adapter in training;"
             " put it into lora.modules_to_save, or leave it out with lora.exclude_modules"
+        )
+    experts = expert_names(targets, family)
+    variants = [name for name, on in (("lora.dropout", lora.dropout), ("lora.use_dora", lora.use_dora)) if on]
+    if experts and variants:
+        # An expert's update is added to its weight, so there is no input of the update to drop from, and peft has no
+        # DoRA for it.
+        raise LoraError(
+            f"{variants[0]} cannot be had for routed experts such as {experts[0]!r}; turn it off, or leave them out with"
+            f" lora.exclude_modules: [{EXPERTS_PATTERN!r}]"
         )
     if not targets and not lora.modules_to_save:
         raise LoraError(
@@ -84,6 +113,8 @@ def switched_patterns(family: Family, lora: LoraConfig) -> list[str]:
             on.append(attention)
         if tower and lora.finetune_mlp_modules:
             on.append(mlp)
+    if lora.finetune_language_layers and lora.finetune_mlp_modules and family.language_expert_parameters is not None:
+        on.append(family.language_expert_parameters)
     if lora.finetune_projector:
         on.append(family.projector)
     return on
@@ -145,7 +176,12 @@ def select(model: Any, family: Family, lora: LoraConfig) -> Selection:
             f"{both[0]!r} is adapted and also in lora.modules_to_save; exclude it from one of them, for example with"
             f" lora.exclude_modules: [{both[0]!r}]"
         )
-    return Selection(tuple(targets), ranks, tuple(name for name in modules if name in whole))
+    return Selection(
+        targets=tuple(targets),
+        ranks=ranks,
+        modules_to_save=tuple(name for name in modules if name in whole),
+        parameters=tuple(expert_names(targets, family)),
+    )
 
 
 def _matches(target: str, names: Iterable[str], setting: str) -> list[str]:

@@ -90,7 +90,11 @@ class ChatEncoder:
         self._backend.no_truncation()
         self._serialised: str = serialised
         self._plain_backend: tokenizers.Tokenizer | None = None
-        special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = {
+            token.content: id_
+            for id_, token in tokenizer.added_tokens_decoder.items()
+            if token.special and token.content not in family.markup_tokens
+        }
         special |= {token: tokenizer.convert_tokens_to_ids(token) for token in family.media_tokens}
         self._control_ids = {id_ for id_ in special.values() if id_ is not None}
         longest_first = sorted(special, key=lambda token: (-len(token), token))
@@ -304,7 +308,10 @@ class ChatEncoder:
         def moved(character: int) -> int:
             return character + moved_by[bisect.bisect_right(moved_at, character) - 1]
 
-        return segments, runs, [(moved(first), moved(last)) for first, last in turns]
+        moved_turns = [(moved(first), moved(last)) for first, last in turns]
+        if self._family.cut_before_answers:
+            segments = [piece for segment in segments for piece in _cut(segment, [first for first, _ in moved_turns])]
+        return segments, runs, moved_turns
 
     def _tokenise(self, segments: Sequence[_Segment]) -> tuple[list[int], list[int], list[int]]:
         """Ids of all segments, and for each id the range of characters that it covers."""
@@ -340,6 +347,16 @@ class ChatEncoder:
             description["padding"] = description["truncation"] = None
             self._plain_backend = tokenizers.Tokenizer.from_str(json.dumps(description))
         return self._plain_backend
+
+
+def _cut(segment: _Segment, places: Sequence[int]) -> list[_Segment]:
+    """A segment in pieces, cut at those of some places that lie inside it."""
+    end = segment.start + len(segment.text)
+    bounds = [segment.start, *(place for place in places if segment.start < place < end), end]
+    return [
+        _Segment(segment.text[first - segment.start : last - segment.start], first, segment.plain)
+        for first, last in itertools.pairwise(bounds)
+    ]
 
 
 def _write_out(

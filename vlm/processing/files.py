@@ -46,6 +46,14 @@ def copy_processor_files(source: Path, destination: Path) -> None:
         shutil.copyfile(template, destination / _TEMPLATE_FOLDER / template.name)
 
 
+def has_image_processor(folder: Path) -> bool:
+    """Whether a folder says how images are prepared; older files of processors hold other settings only."""
+    if (folder / "preprocessor_config.json").is_file():
+        return True
+    path = folder / "processor_config.json"
+    return path.is_file() and "image_processor" in read_json(path)
+
+
 def describe(folder: Path) -> tuple[Family, int | None, tuple[int, ...]]:
     """Family, context length in tokens and stop token ids of a processor folder or a whole checkpoint folder.
 

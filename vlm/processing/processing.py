@@ -83,13 +83,16 @@ class Processing:
 
         processor_dir = Path(processor_dir)
         family, context_length, stop_token_ids = files.describe(processor_dir)
-        if not any((processor_dir / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        if family.image_processor_defaults is None and not any(
+            (processor_dir / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
+        ):
             raise ModelError(
                 f"{processor_dir} has neither preprocessor_config.json nor processor_config.json, so images cannot be"
                 " prepared as the model expects; copy them from the original model"
             )
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(processor_dir, local_files_only=True)
+            tokenizer_class: Any = getattr(transformers, family.tokenizer_class or "AutoTokenizer")
+            tokenizer = tokenizer_class.from_pretrained(processor_dir, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"the tokenizer in {processor_dir} cannot be opened ({error}); fetch the model again"
@@ -99,13 +102,11 @@ class Processing:
                 f"the tokenizer in {processor_dir} has no tokenizer.json, which is needed to find the assistant's words;"
                 " convert it with transformers' save_pretrained"
             )
-        # By class and not through AutoImageProcessor, which wants torchvision in some versions.
-        image_processor_class: Any = getattr(transformers, family.image_processor_class)
         return cls(
             family=family,
             tokenizer=tokenizer,
-            image_processor=image_processor_class.from_pretrained(processor_dir, local_files_only=True),
-            chat_template=_chat_template(processor_dir, tokenizer),
+            image_processor=_image_processor(processor_dir, family),
+            chat_template=_chat_template(processor_dir, tokenizer, family),
             settings=_settings(processor_dir),
             source_dir=processor_dir,
             context_length_tokens=context_length,
@@ -204,7 +205,7 @@ class Processing:
         layout = self.family.image_layout(self._parts, height, width)
         return sum(piece.count for piece in layout if isinstance(piece, Run))
 
-    def pixel_inputs(self, images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]]) -> dict[str, torch.Tensor]:
+    def pixel_inputs(self, images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
         """The model's image tensors.
 
         Args:
@@ -212,14 +213,12 @@ class Processing:
                 the batch. Families that pad images per row need the latter.
 
         Returns:
-            Tensors by the model's argument names, float32; empty for no images.
+            Tensors by the model's argument names, float32, and plain lists where it takes those; empty for no images.
         """
         rows = images if images and isinstance(images[0], Sequence) else [images]
         return self.family.pixel_inputs(self._parts, cast("Sequence[Sequence[np.ndarray]]", rows))
 
-    def model_inputs(
-        self, input_ids: torch.Tensor, pixel_inputs: Mapping[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
+    def model_inputs(self, input_ids: torch.Tensor, pixel_inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """All that the model takes beside ids, attention mask and labels.
 
         Args:
@@ -233,7 +232,15 @@ class Processing:
         return {**media, **self.family.token_inputs(self._parts, input_ids, media)}
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of generated ids, without control tokens and without changes to white space."""
+        """Text of generated ids, without control tokens (but for the family's markup) and without changes to white space."""
+        if self.family.markup_tokens:
+            dropped = {
+                id_
+                for id_, token in self.tokenizer.added_tokens_decoder.items()
+                if token.special and token.content not in self.family.markup_tokens
+            }
+            token_ids = [id_ for id_ in token_ids if id_ not in dropped]
+            return str(self.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def save(self, directory: Path) -> None:
@@ -244,6 +251,9 @@ class Processing:
         files.copy_processor_files(self._source_dir, directory)
         if not any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
             (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        if self.family.image_processor_defaults is not None and not files.has_image_processor(directory):
+            text = json.dumps(self.family.image_processor_defaults, indent=2, sort_keys=True)
+            (directory / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
         files.write_own_file(directory, self.family, self.context_length_tokens, self.stop_token_ids)
 
 
@@ -256,8 +266,18 @@ def _on_white(image: Image.Image) -> Image.Image:
     return page.convert("RGB")
 
 
-def _chat_template(folder: Path, tokenizer: Any) -> str:
-    """The processor's template, which wins over the tokenizer's, as in transformers."""
+def _image_processor(folder: Path, family: Family) -> Any:
+    """By class and not through AutoImageProcessor, which wants torchvision in some versions."""
+    import transformers
+
+    image_processor_class: Any = getattr(transformers, family.image_processor_class)
+    if family.image_processor_defaults is not None and not files.has_image_processor(folder):
+        return image_processor_class.from_dict(dict(family.image_processor_defaults))
+    return image_processor_class.from_pretrained(folder, local_files_only=True)
+
+
+def _chat_template(folder: Path, tokenizer: Any, family: Family) -> str:
+    """The processor's template, which wins over the tokenizer's, as in transformers; else the family's."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "chat_template.json").is_file():
@@ -266,6 +286,8 @@ def _chat_template(folder: Path, tokenizer: Any) -> str:
         template = tokenizer.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
+    if template is None:
+        template = family.chat_template
     if not isinstance(template, str):
         raise ModelError(
             f"{folder} has no chat template, so conversations cannot be rendered; put the model's chat_template.jinja there"

@@ -88,6 +88,12 @@ def towers(config: Mapping[str, Any]) -> tuple[Tower, Tower, int]:
     """
     text = config.get("text_config") or config
     vision = config.get("vision_config") or {}
+    sam = vision.get("sam_config")
+    if sam:
+        # Two encoders, of which the first sees every patch, and the second what is left after halving both sides a few
+        # times, which is a tenth of the work.
+        vision = {**sam, "intermediate_size": sam.get("mlp_dim")}
+        vision["spatial_merge_size"] = 2 ** len(sam.get("downsample_channels") or (0, 0))
     language = Tower(int(text["num_hidden_layers"]), int(text["hidden_size"]), int(text["intermediate_size"]))
     # `embed_dim` first: where a vision configuration has both, its `hidden_size` is the language model's width.
     width = int(vision.get("embed_dim") or vision.get("hidden_size") or 0)

@@ -104,6 +104,7 @@ def test_the_description(checkpoint: Checkpoint, sources: dict[str, Path], model
         "keep_unquantized": [],
         "dtype": "float32",
         "num_quantized_modules": TINY[model_type].num_linear_layers,
+        "unquantized_experts": list(TINY[model_type].language_experts),
     }
     from safetensors.torch import load_file
 

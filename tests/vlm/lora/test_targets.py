@@ -6,7 +6,7 @@ from tests.support.tiny_models import TINY
 from vlm.config import LoraConfig
 from vlm.errors import LoraError
 from vlm.families import FAMILIES
-from vlm.lora.targets import linear_names, select, select_targets
+from vlm.lora.targets import adaptable_names, select, select_targets
 
 ALL_OFF = {
     "finetune_vision_layers": False,
@@ -38,8 +38,12 @@ def test_switches_give_exactly_these_modules(
     run = tiny_run(model_type)
     lora = LoraConfig(**(ALL_OFF | {f"finetune_{name}": True for name in switches}))
     chosen = select_targets(run.loaded.model, run.loaded.family, lora)
-    assert sorted(chosen) == sorted(name for part in parts for name in getattr(TINY[model_type], part))
-    assert chosen == [name for name in linear_names(run.loaded.model) if name in set(chosen)]
+    facts = TINY[model_type]
+    golden = [name for part in parts for name in getattr(facts, part)]
+    if "language_mlp" in parts:
+        golden += facts.language_experts
+    assert sorted(chosen) == sorted(golden)
+    assert chosen == [name for name in adaptable_names(run.loaded.model, run.loaded.family) if name in set(chosen)]
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])

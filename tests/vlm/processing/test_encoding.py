@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,8 @@ def oracle_ids(
     pair: Pair, messages: Sequence[dict[str, Any]], images: Sequence[np.ndarray], **options: Any
 ) -> list[int]:
     """What transformers makes of the conversation, pixels in the messages."""
+    if not pair.facts.marks_answers:
+        return [id_ for piece in oracle_pieces(pair, messages, images) for id_ in piece]
     left = iter(images)
     with_pixels = [
         {
@@ -54,8 +57,29 @@ def oracle_ids(
     return [int(id_) for id_ in out["input_ids"][0]]
 
 
-def spans_by_reading(pair: Pair, ids: Sequence[int]) -> list[tuple[int, int]]:
+def oracle_pieces(pair: Pair, messages: Sequence[dict[str, Any]], images: Sequence[np.ndarray]) -> list[list[int]]:
+    """The same for a layout in which answers follow questions with nothing between: cut where an answer begins."""
+    render = pair.oracle.apply_chat_template
+    places = [len(render(messages[:index])) for index, turn in enumerate(messages) if turn["role"] == "assistant"]
+    text = render(list(messages))
+    left = iter(images)
+    pieces = []
+    for first, last in itertools.pairwise([0, *places, len(text)]):
+        own = [next(left) for _ in range(text[first:last].count(pair.ours.family.image_placeholder))]
+        # The first piece has its beginning from the template.
+        out = pair.oracle(text=[text[first:last]], images=own or None, add_special_tokens=False)
+        pieces.append([int(id_) for id_ in out["input_ids"][0]])
+    return pieces
+
+
+def spans_by_reading(
+    pair: Pair, ids: Sequence[int], messages: Sequence[dict[str, Any]] = (), images: Sequence[np.ndarray] = ()
+) -> list[tuple[int, int]]:
     """From behind each start of an answer through the token that ends it, found in the ids themselves."""
+    if not pair.facts.marks_answers:
+        starts = list(itertools.accumulate(len(piece) for piece in oracle_pieces(pair, messages, images)[:-1]))
+        end = pair.ours.tokenizer.convert_tokens_to_ids(pair.facts.end_of_turn)
+        return [(first, list(ids).index(end, first) + 1) for first in starts]
     tokenizer = pair.ours.tokenizer
     start = tokenizer.encode(pair.facts.answer_start, add_special_tokens=False)
     end_of_turn = tokenizer.convert_tokens_to_ids(pair.facts.end_of_turn)
@@ -100,7 +124,7 @@ def test_ids_and_spans_match_the_oracles(pair: Pair, name: str, add_generation_p
     images = [tiny_image(56 + 28 * index, 84, seed=index) for index in range(num_images)]
     encoded = pair.ours.encode(messages, [image.shape[:2] for image in images], add_generation_prompt)
     assert encoded.input_ids == oracle_ids(pair, messages, images, add_generation_prompt=add_generation_prompt)
-    assert encoded.assistant_spans == spans_by_reading(pair, encoded.input_ids)
+    assert encoded.assistant_spans == spans_by_reading(pair, encoded.input_ids, messages, images)
     media = {special_ids(pair)[token] for token in pair.facts.image_tokens if "vision" not in token}
     assert encoded.num_visual_tokens == sum(id_ in media for id_ in encoded.input_ids)
     assert encoded.num_visual_tokens == sum(pair.ours.num_image_tokens(*image.shape[:2]) for image in images)

@@ -200,3 +200,10 @@ def test_a_frozen_tower_costs_one_layer_and_no_graph() -> None:
     tower = Tower(10, 64, 128)
     frozen = tower.activation_bytes(100, 2, checkpointing=False, trained=False)
     assert tower.activation_bytes(100, 2, checkpointing=False, trained=True) == 10 * frozen
+
+
+def test_the_first_of_two_encoders_sees_every_patch() -> None:
+    """DeepSeek-OCR: 64 x 64 patches of a page become 16 x 16 tokens."""
+    sam = {"num_hidden_layers": 12, "hidden_size": 768, "mlp_dim": 3072, "downsample_channels": [512, 1024]}
+    vision = {"sam_config": sam, "encoder_config": {"num_hidden_layers": 24, "hidden_size": 1024}}
+    assert towers(QWEN2_5_VL_7B | {"vision_config": vision})[1:] == (Tower(12, 768, 3072), 16)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from tests.support.tiny_models import TINY
 from tests.support.tiny_runs import batch_of
 from vlm.config import LoraConfig, TrainingConfig
 from vlm.errors import ConfigError
@@ -222,7 +223,11 @@ def test_checkpointing_recomputes_every_trained_layer(tiny_run: Callable, tmp_pa
     finally:
         for hook in hooks:
             hook.remove()
-    assert {name: counts[0][name] - counts[1][name] for name in first} == dict.fromkeys(first, 1)
+    # Of this model's rows one has crops, which go through the tower apart from the pages.
+    passes = {
+        name: 2 if model_type == "deepseek_ocr" and run.loaded.family.part_of(name) == "vision" else 1 for name in first
+    }
+    assert {name: counts[0][name] - counts[1][name] for name in first} == passes
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -280,7 +285,8 @@ DROPOUT = LoraConfig(rank=4, dropout=0.2)
 def uninterrupted(tiny_run: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Training]:
     done = {}
     for model_type in FAMILIES:
-        done[model_type] = Training(tiny_run(model_type), tmp_path_factory.mktemp("uninterrupted"), DROPOUT, **RESUMED)
+        lora = TINY[model_type].without_experts(DROPOUT)
+        done[model_type] = Training(tiny_run(model_type), tmp_path_factory.mktemp("uninterrupted"), lora, **RESUMED)
         done[model_type].start()
     return done
 
@@ -298,7 +304,7 @@ def test_resuming_after_a_kill_gives_the_same_bits(
     tiny_run: Callable, tmp_path: Path, uninterrupted: dict[str, Training], model_type: str
 ) -> None:
     run = tiny_run(model_type)
-    training = Training(run, tmp_path, DROPOUT, **RESUMED)
+    training = Training(run, tmp_path, TINY[model_type].without_experts(DROPOUT), **RESUMED)
     with pytest.raises(KilledError):
         training.start([At(3, kill)])
     assert not any(hasattr(module, "lora_A") for module in run.loaded.model.modules())
@@ -361,10 +367,11 @@ def test_a_quantised_base_trains_the_adapter_in_float32(
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             seen.update(parameter.dtype for parameter in adapter_parameters(model).values())
 
+    lora = LoraConfig(rank=4, use_dora=quantization == "nf4")
     training = Training(
         run,
         tmp_path,
-        LoraConfig(rank=4, use_dora=quantization == "nf4"),
+        TINY[model_type].without_experts(lora) if lora.use_dora else lora,
         max_steps=3,
         batch_size=4,
         gradient_accumulation=1,

@@ -1,0 +1,259 @@
+"""Image handling that both DeepSeek-OCR models share: one global view of the page, and crops of it where it is large.
+
+    page 900 x 1300  --fit and pad-->  global view 1024 x 1024 (grey around)
+                     --stretch------>  grid of tiles, here 1 x 2, each cut out as a crop of 640 x 640
+
+Both views are made from the page itself, so it is stored at its own size, and the views when a batch is made. The
+order of a page's tokens is the model's affair; each stands as one image token here, and only their number matters.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vlm.errors import DataError
+from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+IMAGE_TOKEN = "<image>"
+MEDIA_TOKENS = (IMAGE_TOKEN,)
+# A question asks for boxes with the first; an answer has a box's name and its corners between the others.
+MARKUP_TOKENS = ("<|grounding|>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>")
+# Sides of a patch of the first encoder in pixels, and how many of them become one token, where no file says.
+_PATCH_SIZE, _DOWNSAMPLE_RATIO = 16, 4
+
+# The layout called "plain" that these models were trained on: no roles, the answer follows the question, and an end
+# token follows the answer. White space behind a question is dropped, as the publishers' own code does: as a token of
+# its own it would keep the answer's first word from being cut as in the middle of a text.
+PLAIN_CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- set parts = namespace(text='') -%}
+{%- if message['content'] is string -%}
+{%- set parts.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{%- set parts.text = parts.text + '<image>\\n' -%}
+{%- elif part['type'] == 'text' -%}
+{%- set parts.text = parts.text + part['text'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- if message['role'] == 'assistant' -%}
+{{- parts.text + eos_token -}}
+{%- elif message['role'] == 'system' -%}
+{{- parts.text.rstrip() + '\\n\\n' -}}
+{%- else -%}
+{{- parts.text.rstrip() -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def target_size(
+    parts: MediaParts, height: int, width: int, min_pixels: int | None, max_pixels: int | None
+) -> tuple[int, int]:
+    """An image's own size, or the nearest one of the same shape whose area is within the limits that are given.
+
+    Args:
+        parts: Processor pieces.
+        height: Height in pixels.
+        width: Width in pixels.
+        min_pixels: Smallest area; None for no limit.
+        max_pixels: Largest area; None for no limit.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        DataError: The image is so elongated that a view of it would be less than a pixel wide.
+    """
+    if min(height, width) < 1 or max(height, width) > parts.image_processor.size["height"] * min(height, width):
+        raise DataError(
+            f"an image of {height} x {width} pixels is so elongated that the model would see a line less than a pixel wide;"
+            " crop it or cut it into pieces"
+        )
+    area = height * width
+    if max_pixels is not None and area > max_pixels:
+        scale = math.sqrt(max_pixels / area)
+        return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+    if min_pixels is not None and area < min_pixels:
+        scale = math.sqrt(min_pixels / area)
+        return math.ceil(height * scale), math.ceil(width * scale)
+    return height, width
+
+
+def tile_grid(processor: Any, height: int, width: int) -> tuple[int, int] | None:
+    """Columns and rows of crops that an image is cut into; None where the global view alone is used.
+
+    The grid nearest to the image's shape is taken. Of grids that are equally near, a larger one comes in where the image
+    has more than half of its pixels; so small images are not blown up.
+
+    Args:
+        processor: Image processor with `tile_size`, `min_patches`, `max_patches` and `crop_to_patches`.
+        height: Height in pixels.
+        width: Width in pixels.
+    """
+    tile = processor.tile_size
+    if not processor.crop_to_patches or max(height, width) <= tile:
+        return None
+    best, best_distance = (1, 1), math.inf
+    for columns, rows in _grids(processor.min_patches, processor.max_patches):
+        distance = abs(width / height - columns / rows)
+        if distance < best_distance or (
+            distance == best_distance and height * width > 0.5 * tile * tile * columns * rows
+        ):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+@functools.cache
+def _grids(smallest: int, largest: int) -> tuple[tuple[int, int], ...]:
+    """(columns, rows) of every grid with a number of tiles in the range, fewest tiles first, then fewest columns."""
+    sides = range(1, largest + 1)
+    grids = [(columns, rows) for columns in sides for rows in sides if smallest <= columns * rows <= largest]
+    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])))
+
+
+def rows_with_breaks_layout(parts: MediaParts, height: int, width: int) -> ImageLayout:
+    """DeepSeek-OCR: every row of tokens of a view ends with a break, and one separator stands between the views."""
+    processor = parts.image_processor
+    side = _tokens_per_side(parts, processor.size["height"])
+    count = side * (side + 1) + 1
+    grid = tile_grid(processor, height, width)
+    if grid is not None:
+        tile_side = _tokens_per_side(parts, processor.tile_size)
+        columns, rows = grid
+        count += rows * tile_side * (columns * tile_side + 1)
+    return (Run(IMAGE_TOKEN, count),)
+
+
+def queries_layout(parts: MediaParts, height: int, width: int) -> ImageLayout:
+    """DeepSeek-OCR 2: a fixed number of queries per view, without breaks, and one separator."""
+    processor = parts.image_processor
+    count = _tokens_per_side(parts, processor.size["height"]) ** 2 + 1
+    grid = tile_grid(processor, height, width)
+    if grid is not None:
+        count += grid[0] * grid[1] * _tokens_per_side(parts, processor.tile_size) ** 2
+    return (Run(IMAGE_TOKEN, count),)
+
+
+def _tokens_per_side(parts: MediaParts, side: int) -> int:
+    patch = parts.settings.get("patch_size", _PATCH_SIZE)
+    return math.ceil(side // patch / parts.settings.get("downsample_ratio", _DOWNSAMPLE_RATIO))
+
+
+def pixel_inputs(
+    parts: MediaParts, images: RowImages, *, with_grids: bool, global_view: Callable[[Any, Image.Image], np.ndarray]
+) -> dict[str, Any]:
+    """Global views and crops of all images of the batch, each kind one after the other.
+
+    Args:
+        parts: Processor pieces.
+        images: uint8 arrays of shape [height, width, 3].
+        with_grids: Give the grids too, which a model with breaks between rows needs.
+        global_view: Makes the global view of a page.
+
+    Returns:
+        ``pixel_values`` of shape [images, 3, size, size]; ``pixel_values_local`` of shape [crops, 3, tile, tile] where
+        there are crops; ``num_local_patches``, the number of crops of each image, and with grids ``patches_grid``, their
+        [columns, rows], as plain lists; nothing for a batch without images.
+    """
+    import numpy as np
+    from PIL import Image
+
+    processor = parts.image_processor
+    tile = processor.tile_size
+    views: list[np.ndarray] = []
+    crops: list[np.ndarray] = []
+    counts, grids = [], []
+    for array in (array for row in images for array in row):
+        page = Image.fromarray(np.ascontiguousarray(array))
+        views.append(global_view(processor, page))
+        grid = tile_grid(processor, page.height, page.width)
+        counts.append(0 if grid is None else grid[0] * grid[1])
+        grids.append([1, 1] if grid is None else list(grid))
+        if grid is not None:
+            columns, rows = grid
+            stretched = np.asarray(page.resize((columns * tile, rows * tile), processor.resample))
+            cut = stretched.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2)
+            crops.extend(cut.reshape(rows * columns, tile, tile, 3))
+    if not views:
+        return {}
+    inputs: dict[str, Any] = {"pixel_values": _normalised(processor, views), "num_local_patches": counts}
+    if crops:
+        inputs["pixel_values_local"] = _normalised(processor, crops)
+    if with_grids:
+        inputs["patches_grid"] = grids
+    return inputs
+
+
+def padded_like_pillow(processor: Any, page: Image.Image) -> np.ndarray:
+    """DeepSeek-OCR's global view, made with Pillow's own function, as its publishers do.
+
+    Args:
+        processor: Image processor.
+        page: An RGB image.
+
+    Returns:
+        uint8 array of shape [size, size, 3].
+    """
+    import numpy as np
+    from PIL import ImageOps
+
+    size = processor.size["height"]
+    view = ImageOps.pad(page, (size, size), processor.resample, color=tuple(processor.background_color))
+    return np.asarray(view)
+
+
+def padded_like_stock(processor: Any, page: Image.Image) -> np.ndarray:
+    """DeepSeek-OCR 2's global view, as transformers makes it; an odd margin goes to the other side than in Pillow.
+
+    Args:
+        processor: Image processor.
+        page: An RGB image.
+
+    Returns:
+        uint8 array of shape [size, size, 3].
+    """
+    import numpy as np
+
+    size = processor.size["height"] if processor.crop_to_patches else processor.tile_size
+    scale = size / max(page.height, page.width)
+    height, width = round(page.height * scale), round(page.width * scale)
+    view = np.empty((size, size, 3), np.uint8)
+    view[:] = processor.background_color
+    top, left = (size - height) // 2, (size - width) // 2
+    view[top : top + height, left : left + width] = page.resize((width, height), processor.resample)
+    return view
+
+
+def _normalised(processor: Any, views: list[np.ndarray]) -> torch.Tensor:
+    """Bytes to the model's numbers: float32 tensor of shape [views, 3, side, side], by a table of 256 levels per channel."""
+    import numpy as np
+    import torch
+
+    levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+    if processor.do_rescale:
+        levels = processor.rescale(levels, processor.rescale_factor)
+    if processor.do_normalize:
+        levels = processor.normalize(levels, processor.image_mean, processor.image_std)
+    table = np.asarray(levels, np.float32).reshape(3, 256)
+    values = np.empty((len(views), 3, *views[0].shape[:2]), np.float32)
+    for number, view in enumerate(views):
+        for channel in range(3):
+            np.take(table[channel], view[:, :, channel], out=values[number, channel])
+    return torch.from_numpy(values)
+
+
+def token_inputs(parts: MediaParts, input_ids: torch.Tensor, media: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """These models need nothing beside ids and pixels."""
+    return {}
