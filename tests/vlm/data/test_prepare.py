@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import threading
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vlm.data import prepare as module
-from vlm.data import storage
+from vlm.data import sample, storage
 from vlm.data.prepare import SPLITS, prepare_dataset
 from vlm.errors import DataError
 
@@ -69,6 +70,52 @@ def test_bytes_do_not_depend_on_the_number_of_workers(make_rows, write_parquet, 
     trees = [tree(prepare(sources=[{"path": str(path)}], num_workers=workers).folder) for workers in (0, 1, 4)]
     assert trees[0] == trees[1] == trees[2]
     assert "train/data-00001.arrow" in trees[0]
+
+
+@pytest.mark.parametrize(("limit_bytes", "handed_over"), [(0, 120), (1 << 15, 24)])
+def test_small_rows_are_not_handed_over(
+    make_rows, write_parquet, prepare, processing, monkeypatch, limit_bytes, handed_over
+):
+    """All but those of the first chunks, which tell that rows are small; the bytes stay the same."""
+    monkeypatch.setattr(module, "_CHUNK_MAX_ROWS", 4)
+    path = write_parquet(make_rows(120))
+    expected = tree(prepare(path).folder)
+    monkeypatch.setattr(module, "_SMALL_ROW_BYTES", limit_bytes)
+    threads = []
+    resize = type(processing).resize_image
+
+    def noting(self, image, size):
+        threads.append(threading.current_thread())
+        return resize(self, image, size)
+
+    monkeypatch.setattr(type(processing), "resize_image", noting)
+    assert tree(prepare(path, num_workers=2).folder) == expected
+    assert len(threads) == 120
+    assert sum(thread is not threading.main_thread() for thread in threads) == handed_over
+
+
+def test_few_decoded_images_wait_for_each_other(make_rows, write_parquet, prepare, processing, monkeypatch):
+    """Rows take each stage together only until their pixels reach a bound."""
+    rows = make_rows(40)
+    pixels = [math.prod(Image.open(io.BytesIO(row["image"])).size) for row in rows]
+    waiting, most = [], []
+    encode, target_size = type(processing).encode, type(processing).target_size
+
+    def noting_size(self, height, width, **limits):
+        waiting.append(height * width)
+        most.append(sum(waiting))
+        return target_size(self, height, width, **limits)
+
+    def noting_encode(self, *args):
+        waiting.clear()
+        return encode(self, *args)
+
+    monkeypatch.setattr(type(processing), "target_size", noting_size)
+    monkeypatch.setattr(type(processing), "encode", noting_encode)
+    monkeypatch.setattr(sample, "_PIXELS_AT_A_TIME", 10_000)
+    prepared = prepare(write_parquet(rows))
+    assert prepared.summary.num_rows_in == 40
+    assert 10_000 <= max(most) < 10_000 + max(pixels)
 
 
 def test_groups_are_not_torn(make_rows, write_parquet, prepare):
