@@ -42,7 +42,8 @@ class ColumnMapping(Section):
     """Which column holds what. Columns not named here are carried along as metadata if they are plain values."""
 
     messages: str | None = Field(
-        None, description="Column with ready conversations; then prompt, answer and system are not read."
+        None,
+        description="Column with ready conversations; then prompt, answer and system are not read. None takes 'messages' where it exists and no column holds answers.",
     )
     images: tuple[str, ...] | None = Field(
         None,
