@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from tests.support.stock_processors import without_video
 from tests.support.tiny_deepseek_ocr import DEEPSEEK_OCR, DEEPSEEK_OCR2
 from tests.support.tiny_family import TinyFamily, names
 from tests.support.tiny_mistral3 import MISTRAL3
 from tests.support.tiny_mllama import MLLAMA
 from tests.support.tiny_pixtral import PIXTRAL
+from tests.support.tiny_qwen3_vl import QWEN3_VL
 from vlm.builtin.model import fill_with_noise, language_config, media_config, token_config, write_checkpoint
 
 _LANGUAGE = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 2}
@@ -67,33 +69,12 @@ def _qwen2_5_vl(tie: bool) -> Any:
     )
 
 
-def _stock_qwen_processor(processor_class: str, folder: Path) -> Any:
-    """The stock processor without its video part, which needs torchvision."""
-    import transformers
-    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
-
-    stock: Any = getattr(transformers, processor_class)
-
-    class WithoutVideo(stock):  # type: ignore[misc]
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name != "video_processor":
-                return super().check_argument_for_proper_class(argument_name, argument)
-            return None
-
-    return WithoutVideo(
-        Qwen2VLImageProcessorPil.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-        None,
-        chat_template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
-    )
-
-
 def _qwen(build: Callable[[bool], Any], processor_class: str, vision_mlp: tuple[str, ...]) -> TinyFamily:
     return TinyFamily(
         build=build,
         write=partial(write_checkpoint, processor_class=processor_class),
         processor_class=processor_class,
-        stock_processor=partial(_stock_qwen_processor, processor_class),
+        stock_processor=partial(without_video, processor_class, "Qwen2VLImageProcessorPil"),
         answer_start="<|im_start|>assistant\n",
         end_of_turn="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -116,6 +97,7 @@ TINY: dict[str, TinyFamily] = {
     "mistral3": MISTRAL3,
     "deepseek_ocr": DEEPSEEK_OCR,
     "deepseek_ocr2": DEEPSEEK_OCR2,
+    "qwen3_vl": QWEN3_VL,
 }
 TINY_FAMILIES = tuple(TINY)
 

@@ -14,10 +14,20 @@ from vlm.families.mllama import MLLAMA
 from vlm.families.pixtral import PIXTRAL
 from vlm.families.qwen2_5_vl import QWEN2_5_VL
 from vlm.families.qwen2_vl import QWEN2_VL
+from vlm.families.qwen3_vl import QWEN3_VL
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (QWEN2_VL, QWEN2_5_VL, MLLAMA, PIXTRAL, MISTRAL3, DEEPSEEK_OCR, DEEPSEEK_OCR2)
+    for family in (
+        QWEN2_VL,
+        QWEN2_5_VL,
+        MLLAMA,
+        PIXTRAL,
+        MISTRAL3,
+        DEEPSEEK_OCR,
+        DEEPSEEK_OCR2,
+        QWEN3_VL,
+    )
 }
 
 

@@ -491,7 +491,9 @@ def test_each_part_learns_at_its_own_rate(
         parameters = {key: parameter.detach().clone() for key, parameter in adapter_parameters(model).items()}
     groups = []
     for key, tensor in parameters.items():
-        is_projector = any(word in key for word in ("visual.merger", "projector", "image_newline", "view_sep"))
+        is_projector = any(
+            word in key for word in ("visual.merger", "deepstack", "projector", "image_newline", "view_sep")
+        )
         towers = ("visual.", "vision_tower.", "vision_model.", "sam_model.", "qwen2_model.", "query_768", "query_1024")
         is_vision = any(word in key for word in towers)
         part = "projector" if is_projector else "vision" if is_vision else "language"
