@@ -28,6 +28,10 @@ class TinyFamily:
         language_experts: Full names of the 3-D parameters of routed experts.
         marks_answers: Whether `answer_start` can only stand before an answer; else it is what the tests' own question
             ends with, and nothing stands between the two.
+        answer_lead: What the chat template writes between a generation prompt and an answer, so that models generate it.
+        missing_end: What the stock template leaves out behind a last answer.
+        images_by_row: Whether the stock processor takes a batch's images as one list per row.
+        implied_inputs: Tensors of the stock processor that the model computes itself where they are left out.
     """
 
     build: Callable[[bool], Any]
@@ -45,6 +49,10 @@ class TinyFamily:
     projector: tuple[str, ...]
     language_experts: tuple[str, ...] = ()
     marks_answers: bool = True
+    answer_lead: str = ""
+    missing_end: str = ""
+    images_by_row: bool = False
+    implied_inputs: tuple[str, ...] = ()
 
     @property
     def num_linear_layers(self) -> int:
@@ -59,18 +67,20 @@ class TinyFamily:
         return lora.model_copy(update={"exclude_modules": (*lora.exclude_modules, EXPERTS_PATTERN)})
 
 
-def stock_pixels(oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:
+def stock_pixels(facts: TinyFamily, oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:
     """Image tensors of a stock processor for a batch.
 
     Args:
+        facts: Of its family.
         oracle: The stock processor.
         rows: Images of each row.
         options: For its image processor.
     """
-    nested = type(oracle).__name__ == "MllamaProcessor"
-    images = rows if nested else [image for row in rows for image in row]
-    output, _ = oracle._process_images(images, return_tensors="pt", **options)
-    return {name: value for name, value in output.items() if name != "num_tiles"}
+    images = rows if facts.images_by_row else [image for row in rows for image in row]
+    settings = {**getattr(oracle, "images_kwargs", {}), "return_tensors": "pt", **options}
+    output, _ = oracle._process_images(images, **settings)
+    for_the_text = ("num_tiles", "rows", "cols")
+    return {name: value for name, value in output.items() if name not in (*for_the_text, *facts.implied_inputs)}
 
 
 def names(pattern: str, numbers: int, endings: tuple[str, ...]) -> tuple[str, ...]:

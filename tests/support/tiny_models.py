@@ -12,6 +12,7 @@ import numpy as np
 from tests.support.stock_processors import without_video
 from tests.support.tiny_deepseek_ocr import DEEPSEEK_OCR, DEEPSEEK_OCR2
 from tests.support.tiny_family import TinyFamily, names
+from tests.support.tiny_glm_ocr import GLM_OCR
 from tests.support.tiny_mistral3 import MISTRAL3
 from tests.support.tiny_mllama import MLLAMA
 from tests.support.tiny_pixtral import PIXTRAL
@@ -98,6 +99,7 @@ TINY: dict[str, TinyFamily] = {
     "deepseek_ocr": DEEPSEEK_OCR,
     "deepseek_ocr2": DEEPSEEK_OCR2,
     "qwen3_vl": QWEN3_VL,
+    "glm_ocr": GLM_OCR,
 }
 TINY_FAMILIES = tuple(TINY)
 

@@ -92,6 +92,9 @@ class Family:
             stay plain characters there.
         cut_before_answers: Whether an answer is tokenised by itself, as generation does: for layouts in which nothing
             stands between a question and its answer, so that a token could reach over both.
+        answer_end: The token that ends a generated answer, where the chat template writes none behind an answer but leaves
+            it to the start of the next turn: encoding writes it behind the last answer, and it is learnt behind each.
+            None where the template ends answers itself.
         generation_defaults: Generation settings for checkpoints without `generation_config.json`.
     """
 
@@ -127,6 +130,7 @@ class Family:
     chat_template: str | None = None
     markup_tokens: tuple[str, ...] = ()
     cut_before_answers: bool = False
+    answer_end: str | None = None
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def part_of(self, name: str) -> PartName | None:

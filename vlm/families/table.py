@@ -9,6 +9,7 @@ from vlm.errors import ModelError, near_names
 from vlm.families.deepseek_ocr import DEEPSEEK_OCR
 from vlm.families.deepseek_ocr2 import DEEPSEEK_OCR2
 from vlm.families.family import Family
+from vlm.families.glm_ocr import GLM_OCR
 from vlm.families.mistral3 import MISTRAL3
 from vlm.families.mllama import MLLAMA
 from vlm.families.pixtral import PIXTRAL
@@ -27,6 +28,7 @@ FAMILIES: dict[str, Family] = {
         DEEPSEEK_OCR,
         DEEPSEEK_OCR2,
         QWEN3_VL,
+        GLM_OCR,
     )
 }
 

@@ -492,7 +492,8 @@ def test_each_part_learns_at_its_own_rate(
     groups = []
     for key, tensor in parameters.items():
         is_projector = any(
-            word in key for word in ("visual.merger", "deepstack", "projector", "image_newline", "view_sep")
+            word in key
+            for word in ("visual.merger", "deepstack", "downsample", "projector", "image_newline", "view_sep")
         )
         towers = ("visual.", "vision_tower.", "vision_model.", "sam_model.", "qwen2_model.", "query_768", "query_1024")
         is_vision = any(word in key for word in towers)
