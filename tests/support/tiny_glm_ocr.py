@@ -132,6 +132,8 @@ GLM_OCR = TinyFamily(
         "<|begin_of_video|>",
         "<|end_of_video|>",
     ),
+    language_layers=names("model.language_model.layers.{}", 2, ("",)),
+    vision_layers=names("model.visual.blocks.{}", 2, ("",)),
     language_attention=names("model.language_model.layers.{}.self_attn.", 2, ("q_proj", "k_proj", "v_proj", "o_proj")),
     language_mlp=names("model.language_model.layers.{}.mlp.", 2, ("gate_up_proj", "down_proj")),
     vision_attention=names("model.visual.blocks.{}.attn.", 2, ("qkv", "proj")),
