@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class TinyFamily:
             ends with, and nothing stands between the two.
         answer_lead: What the chat template writes between a generation prompt and an answer, so that models generate it.
         missing_end: What the stock template leaves out behind a last answer.
+        image_options: What the stock processor asks of its image processor.
         images_by_row: Whether the stock processor takes a batch's images as one list per row.
         implied_inputs: Tensors of the stock processor that the model computes itself where they are left out.
     """
@@ -57,6 +58,7 @@ class TinyFamily:
     marks_answers: bool = True
     answer_lead: str = ""
     missing_end: str = ""
+    image_options: Mapping[str, Any] = field(default_factory=dict)
     images_by_row: bool = False
     implied_inputs: tuple[str, ...] = ()
 
@@ -85,7 +87,7 @@ def stock_pixels(facts: TinyFamily, oracle: Any, rows: list[list[Any]], **option
     images = rows if facts.images_by_row else [image for row in rows for image in row]
     settings = {**getattr(oracle, "images_kwargs", {}), "return_tensors": "pt", **options}
     output, _ = oracle._process_images(images, **settings)
-    for_the_text = ("num_tiles", "rows", "cols")
+    for_the_text = ("num_tiles", "rows", "cols", "num_patches", "num_crops")
     return {name: value for name, value in output.items() if name not in (*for_the_text, *facts.implied_inputs)}
 
 

@@ -13,6 +13,7 @@ from tests.support.stock_processors import without_video
 from tests.support.tiny_deepseek_ocr import DEEPSEEK_OCR, DEEPSEEK_OCR2
 from tests.support.tiny_family import TinyFamily, names
 from tests.support.tiny_glm_ocr import GLM_OCR
+from tests.support.tiny_internvl import INTERNVL
 from tests.support.tiny_mistral import MISTRAL3, PIXTRAL
 from tests.support.tiny_mllama import MLLAMA
 from tests.support.tiny_qwen3_vl import QWEN3_VL
@@ -101,6 +102,7 @@ TINY: dict[str, TinyFamily] = {
     "deepseek_ocr2": DEEPSEEK_OCR2,
     "qwen3_vl": QWEN3_VL,
     "glm_ocr": GLM_OCR,
+    "internvl": INTERNVL,
 }
 TINY_FAMILIES = tuple(TINY)
 

@@ -10,6 +10,7 @@ from vlm.families.deepseek_ocr import DEEPSEEK_OCR
 from vlm.families.deepseek_ocr2 import DEEPSEEK_OCR2
 from vlm.families.family import Family
 from vlm.families.glm_ocr import GLM_OCR
+from vlm.families.internvl import INTERNVL
 from vlm.families.mistral3 import MISTRAL3
 from vlm.families.mllama import MLLAMA
 from vlm.families.pixtral import PIXTRAL
@@ -29,6 +30,7 @@ FAMILIES: dict[str, Family] = {
         DEEPSEEK_OCR2,
         QWEN3_VL,
         GLM_OCR,
+        INTERNVL,
     )
 }
 

@@ -54,6 +54,8 @@ def test_image_tensors_follow_the_rows(tiny_run: Callable, model_type: str) -> N
     elif "deepseek" in model_type:
         assert batch["pixel_values"].shape == (3, 3, 256, 256)
         assert batch["num_local_patches"] == [0, 0, 0 if model_type == "deepseek_ocr2" else 2]  # crops of 192, of 128
+    elif model_type == "internvl":
+        assert batch["pixel_values"].shape == (3 + 1 + 4, 3, 56, 56)  # 2 tiles, 1, 3; thumbnails behind several
     else:
         assert batch["image_grid_thw"].tolist() == [[1, 4, 6], [1, 4, 4], [1, 4, 10]]
         assert batch["pixel_values"].shape[0] == 24 + 16 + 40
