@@ -1,8 +1,6 @@
 """A page cut into square tiles, for families whose towers see squares of one size.
 
-    page 900 x 1300  --stretch-->  2 x 3 tiles, the grid nearest to its shape  |  |  |
-                                                                               |  |  |
-                                                                               |  |  |
+    page 900 x 1300  --stretch-->  the grid nearest to its shape, 2 x 3 tiles  --cut-->  6 tiles, row by row
 """
 
 from __future__ import annotations
