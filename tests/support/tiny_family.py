@@ -24,7 +24,7 @@ class TinyFamily:
         end_of_turn: The token behind an answer.
         pad_token: The token for padding.
         image_tokens: All tokens that stand for images.
-        language_attention: Full names of these projections, and so on.
+        language_attention: Full names of these projections, and so on; none where a projector has no linear layer.
         language_layers: Full names of the decoder layers, first to last.
         vision_layers: Full names of the vision encoders' layers, first to last.
         language_experts: Full names of the 3-D parameters of routed experts.
@@ -73,6 +73,11 @@ class TinyFamily:
         if not self.language_experts:
             return lora
         return lora.model_copy(update={"exclude_modules": (*lora.exclude_modules, EXPERTS_PATTERN)})
+
+    def possible(self, lora: LoraConfig) -> LoraConfig:
+        """The same settings without what this family cannot have."""
+        changes = {} if self.projector else {"finetune_projector": False}
+        return self.without_experts(lora).model_copy(update=changes)
 
 
 def stock_pixels(facts: TinyFamily, oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:

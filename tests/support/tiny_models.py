@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from tests.support.stock_processors import without_video
 from tests.support.tiny_deepseek_ocr import DEEPSEEK_OCR, DEEPSEEK_OCR2
 from tests.support.tiny_family import TinyFamily, names
+from tests.support.tiny_gemma3 import GEMMA3
 from tests.support.tiny_glm_ocr import GLM_OCR
 from tests.support.tiny_internvl import INTERNVL
 from tests.support.tiny_mistral import MISTRAL3, PIXTRAL
@@ -103,6 +104,7 @@ TINY: dict[str, TinyFamily] = {
     "qwen3_vl": QWEN3_VL,
     "glm_ocr": GLM_OCR,
     "internvl": INTERNVL,
+    "gemma3": GEMMA3,
 }
 TINY_FAMILIES = tuple(TINY)
 
@@ -133,3 +135,17 @@ def tiny_conversation(
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
     return messages, [tiny_image(height, width, seed + index) for index, (height, width) in enumerate(image_sizes)]
+
+
+def fitted(processing: Any, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Images as data preparation leaves them: most tiny models take the tests' sizes as they are, some have one size only.
+
+    Args:
+        processing: A `vlm.processing.Processing`.
+        images: uint8 arrays of shape [height, width, 3].
+    """
+    from PIL import Image
+
+    return [
+        processing.resize_image(Image.fromarray(image), processing.target_size(*image.shape[:2])) for image in images
+    ]

@@ -65,7 +65,8 @@ class Family:
         language_mlp: Full names of the feed-forward projections of the language model.
         vision_attention: Full names of the attention projections of all vision encoders.
         vision_mlp: Full names of the feed-forward projections of all vision encoders.
-        projector: Full names of the linear layers between vision and language.
+        projector: Full names of the linear layers between vision and language; None where there is no such layer but a
+            bare weight, which cannot carry an adapter and is trained whole or not at all.
         language_expert_parameters: Full names of 3-D expert *parameters* (no modules), which LoRA and quantisation
             have to treat apart; None where the family has none.
         language_layer: Full names of the decoder layers.
@@ -109,7 +110,7 @@ class Family:
     language_mlp: str
     vision_attention: str
     vision_mlp: str
-    projector: str
+    projector: str | None
     language_expert_parameters: str | None = None
     language_layer: str
     vision_layer: str

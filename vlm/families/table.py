@@ -9,6 +9,7 @@ from vlm.errors import ModelError, near_names
 from vlm.families.deepseek_ocr import DEEPSEEK_OCR
 from vlm.families.deepseek_ocr2 import DEEPSEEK_OCR2
 from vlm.families.family import Family
+from vlm.families.gemma3 import GEMMA3
 from vlm.families.glm_ocr import GLM_OCR
 from vlm.families.internvl import INTERNVL
 from vlm.families.mistral3 import MISTRAL3
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
         QWEN3_VL,
         GLM_OCR,
         INTERNVL,
+        GEMMA3,
     )
 }
 

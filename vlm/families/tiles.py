@@ -1,7 +1,4 @@
-"""A page cut into square tiles, for families whose towers see squares of one size.
-
-    page 900 x 1300  --stretch-->  the grid nearest to its shape, 2 x 3 tiles  --cut-->  6 tiles, row by row
-"""
+"""A page cut into square tiles, for families whose towers see squares of one size."""
 
 from __future__ import annotations
 

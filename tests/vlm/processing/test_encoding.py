@@ -131,7 +131,7 @@ def test_ids_and_spans_match_the_oracles(pair: Pair, name: str, add_generation_p
     if pair.facts.missing_end and add_generation_prompt and messages[-1]["role"] == "assistant":
         spans = spans[:-1]  # followed by another answer, it has no end that could be read off the ids
     assert spans == spans_by_reading(pair, encoded.input_ids, messages, images)
-    around = ("<|vision_", "_of_image|>", "_of_video|>", "<img>", "</img>")
+    around = ("<|vision_", "_of_image|>", "_of_video|>", "<img>", "</img>", "<start_of_image>", "<end_of_image>")
     tokens = [token for token in pair.facts.image_tokens if not any(word in token for word in around)]
     media = {special_ids(pair)[token] for token in tokens}
     assert encoded.num_visual_tokens == sum(id_ in media for id_ in encoded.input_ids)

@@ -37,6 +37,8 @@ def test_each_part_learns_at_its_own_rate(
     tiny_run: Callable, tmp_path: Path, model_type: str, lora: LoraConfig
 ) -> None:
     run = tiny_run(model_type)
+    if not lora.full_finetuning and not TINY[model_type].projector:
+        lora = lora.model_copy(update={"finetune_projector": False, "modules_to_save": ("multi_modal_projector",)})
     rates = {"vision": 1e-4, "projector": 3e-4, "language": 1e-3}
     training = Training(
         run,
