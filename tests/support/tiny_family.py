@@ -75,9 +75,12 @@ class TinyFamily:
         return lora.model_copy(update={"exclude_modules": (*lora.exclude_modules, EXPERTS_PATTERN)})
 
     def possible(self, lora: LoraConfig) -> LoraConfig:
-        """The same settings without what this family cannot have."""
-        changes = {} if self.projector else {"finetune_projector": False}
-        return self.without_experts(lora).model_copy(update=changes)
+        """The same settings without what this family cannot have: a bare projector is trained whole instead."""
+        lora = self.without_experts(lora)
+        if self.projector or not lora.finetune_projector:
+            return lora
+        whole = (*lora.modules_to_save, "multi_modal_projector")
+        return lora.model_copy(update={"finetune_projector": False, "modules_to_save": whole})
 
 
 def stock_pixels(facts: TinyFamily, oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:
