@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ class TinyFamily:
             ends with, and nothing stands between the two.
         answer_lead: What the chat template writes between a generation prompt and an answer, so that models generate it.
         missing_end: What the stock template leaves out behind a last answer.
-        image_options: What the stock processor asks of its image processor.
         images_by_row: Whether the stock processor takes a batch's images as one list per row.
         implied_inputs: Tensors of the stock processor that the model computes itself where they are left out.
     """
@@ -58,7 +57,6 @@ class TinyFamily:
     marks_answers: bool = True
     answer_lead: str = ""
     missing_end: str = ""
-    image_options: Mapping[str, Any] = field(default_factory=dict)
     images_by_row: bool = False
     implied_inputs: tuple[str, ...] = ()
 
@@ -92,9 +90,13 @@ def stock_pixels(facts: TinyFamily, oracle: Any, rows: list[list[Any]], **option
         rows: Images of each row.
         options: For its image processor.
     """
-    images = rows if facts.images_by_row else [image for row in rows for image in row]
-    settings = {**getattr(oracle, "images_kwargs", {}), "return_tensors": "pt", **options}
-    output, _ = oracle._process_images(images, **settings)
+    # What the processor asks of its image processor; older versions of transformers keep that with the arguments' types.
+    older = getattr(getattr(oracle, "valid_processor_kwargs", None), "_defaults", {}).get("images_kwargs", {})
+    settings = {**older, **getattr(oracle, "images_kwargs", {}), "return_tensors": "pt", **options}
+    if facts.images_by_row:
+        output = oracle.image_processor(rows, **settings)
+    else:
+        output, _ = oracle._process_images([image for row in rows for image in row], **settings)
     for_the_text = ("num_tiles", "rows", "cols", "num_patches", "num_crops")
     return {name: value for name, value in output.items() if name not in (*for_the_text, *facts.implied_inputs)}
 

@@ -144,5 +144,4 @@ INTERNVL = TinyFamily(
     projector=("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"),
     language_layers=names("model.language_model.layers.{}", 2, ("",)),
     vision_layers=names("model.vision_tower.encoder.layer.{}", 2, ("",)),
-    image_options={"crop_to_patches": True},
 )

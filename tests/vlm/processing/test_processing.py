@@ -83,8 +83,9 @@ def assert_same_tensors(ours: dict[str, torch.Tensor], stock: dict[str, torch.Te
         assert torch.equal(torch.as_tensor(tensor), torch.as_tensor(stock[name])), name
 
 
-# GLM's stock processor makes arrays of tensors in a way that numpy 2 warns of.
+# Stock processors of some versions make arrays of tensors in ways that numpy 2 warns of.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context and return_scalar:DeprecationWarning")
 def test_inputs_of_a_batch_equal_the_stock_processor(pair: Pair) -> None:
     first, first_images = tiny_conversation("a", ((56, 84), (112, 56)))
     second, second_images = tiny_conversation("longer answer", ((84, 84),), seed=5)
