@@ -65,7 +65,8 @@ class Family:
         language_mlp: Full names of the feed-forward projections of the language model.
         vision_attention: Full names of the attention projections of all vision encoders.
         vision_mlp: Full names of the feed-forward projections of all vision encoders.
-        projector: Full names of the linear layers between vision and language.
+        projector: Full names of the linear layers between vision and language; None where there is no such layer but a
+            bare weight, which cannot carry an adapter and is trained whole or not at all.
         language_expert_parameters: Full names of 3-D expert *parameters* (no modules), which LoRA and quantisation
             have to treat apart; None where the family has none.
         language_layer: Full names of the decoder layers.
@@ -92,6 +93,9 @@ class Family:
             stay plain characters there.
         cut_before_answers: Whether an answer is tokenised by itself, as generation does: for layouts in which nothing
             stands between a question and its answer, so that a token could reach over both.
+        answer_end: The token that ends a generated answer, where the chat template writes none behind an answer but leaves
+            it to the start of the next turn: encoding writes it behind the last answer, and it is learnt behind each.
+            None where the template ends answers itself.
         generation_defaults: Generation settings for checkpoints without `generation_config.json`.
     """
 
@@ -106,7 +110,7 @@ class Family:
     language_mlp: str
     vision_attention: str
     vision_mlp: str
-    projector: str
+    projector: str | None
     language_expert_parameters: str | None = None
     language_layer: str
     vision_layer: str
@@ -127,6 +131,7 @@ class Family:
     chat_template: str | None = None
     markup_tokens: tuple[str, ...] = ()
     cut_before_answers: bool = False
+    answer_end: str | None = None
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def part_of(self, name: str) -> PartName | None:
