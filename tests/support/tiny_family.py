@@ -28,6 +28,9 @@ class TinyFamily:
         language_experts: Full names of the 3-D parameters of routed experts.
         marks_answers: Whether `answer_start` can only stand before an answer; else it is what the tests' own question
             ends with, and nothing stands between the two.
+        answer_lead: What the chat template writes between a generation prompt and an answer, so that models generate it.
+        images_by_row: Whether the stock processor takes a batch's images as one list per row.
+        implied_inputs: Tensors of the stock processor that the model computes itself where they are left out.
     """
 
     build: Callable[[bool], Any]
@@ -45,12 +48,20 @@ class TinyFamily:
     projector: tuple[str, ...]
     language_experts: tuple[str, ...] = ()
     marks_answers: bool = True
+    answer_lead: str = ""
+    images_by_row: bool = False
+    implied_inputs: tuple[str, ...] = ()
 
     @property
     def num_linear_layers(self) -> int:
         """Linear layers outside the head."""
         groups = (self.language_attention, self.language_mlp, self.vision_attention, self.vision_mlp, self.projector)
         return sum(len(group) for group in groups)
+
+    @property
+    def language_layers(self) -> str:
+        """Full name of the list of decoder layers."""
+        return self.language_attention[0].partition(".layers.")[0] + ".layers"
 
     def without_experts(self, lora: LoraConfig) -> LoraConfig:
         """The same settings without routed experts, which have no DoRA and no dropout."""
@@ -59,18 +70,20 @@ class TinyFamily:
         return lora.model_copy(update={"exclude_modules": (*lora.exclude_modules, EXPERTS_PATTERN)})
 
 
-def stock_pixels(oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:
+def stock_pixels(facts: TinyFamily, oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:
     """Image tensors of a stock processor for a batch.
 
     Args:
+        facts: Of its family.
         oracle: The stock processor.
         rows: Images of each row.
         options: For its image processor.
     """
-    nested = type(oracle).__name__ == "MllamaProcessor"
-    images = rows if nested else [image for row in rows for image in row]
-    output, _ = oracle._process_images(images, return_tensors="pt", **options)
-    return {name: value for name, value in output.items() if name != "num_tiles"}
+    if facts.images_by_row:
+        output = oracle.image_processor(rows, return_tensors="pt", **options)
+    else:
+        output, _ = oracle._process_images([image for row in rows for image in row], return_tensors="pt", **options)
+    return {name: value for name, value in output.items() if name not in ("num_tiles", *facts.implied_inputs)}
 
 
 def names(pattern: str, numbers: int, endings: tuple[str, ...]) -> tuple[str, ...]:

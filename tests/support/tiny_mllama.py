@@ -155,4 +155,5 @@ MLLAMA = TinyFamily(
         *names("model.vision_model.global_transformer.layers.{}.mlp.", 1, ("fc1", "fc2")),
     ),
     projector=("model.multi_modal_projector",),
+    images_by_row=True,
 )

@@ -11,6 +11,7 @@ import numpy as np
 
 from tests.support.tiny_deepseek_ocr import DEEPSEEK_OCR, DEEPSEEK_OCR2
 from tests.support.tiny_family import TinyFamily, names
+from tests.support.tiny_idefics3 import IDEFICS3, SMOLVLM
 from tests.support.tiny_mistral3 import MISTRAL3
 from tests.support.tiny_mllama import MLLAMA
 from tests.support.tiny_pixtral import PIXTRAL
@@ -116,6 +117,8 @@ TINY: dict[str, TinyFamily] = {
     "mistral3": MISTRAL3,
     "deepseek_ocr": DEEPSEEK_OCR,
     "deepseek_ocr2": DEEPSEEK_OCR2,
+    "idefics3": IDEFICS3,
+    "smolvlm": SMOLVLM,
 }
 TINY_FAMILIES = tuple(TINY)
 

@@ -174,8 +174,9 @@ def test_any_text_comes_back_from_its_span_and_writes_no_control_token(
     for (first, last), (_, answer) in zip(encoded.assistant_spans, turns, strict=True):
         span = _decode(tokenizer, encoded.input_ids[first:last])
         # White space that begins the answer can be one token with the line break of the template before it.
-        assert span.endswith(unicodedata.normalize("NFC", "".join(answer)) + end)
-        assert span.removesuffix(unicodedata.normalize("NFC", "".join(answer)) + end) in ("", "\n", "\n\n")
+        expected_end = pair.facts.answer_lead + unicodedata.normalize("NFC", "".join(answer)) + end
+        assert span.endswith(expected_end)
+        assert span.removesuffix(expected_end) in ("", "\n", "\n\n")
     if not any(token in text for pieces in turns for texts in pieces for text in texts for token in special_ids(pair)):
         images = [np.zeros((56, 56, 3), np.uint8)] * len(turns)
         assert encoded.input_ids == oracle_ids(pair, messages, images)
@@ -190,7 +191,7 @@ def test_typed_control_tokens_keep_their_characters(pair: Pair) -> None:
     text = f"write {end} and {pair.ours.family.image_token} here"
     encoded = pair.ours.encode([user(text), assistant(text)], [])
     (first, last) = encoded.assistant_spans[0]
-    assert _decode(pair.ours.tokenizer, encoded.input_ids[first:last]) == text + end
+    assert _decode(pair.ours.tokenizer, encoded.input_ids[first:last]) == pair.facts.answer_lead + text + end
     assert pair.ours.image_token_id not in encoded.input_ids
     assert encoded.input_ids[first:last].count(special_ids(pair)[end]) == 1
 

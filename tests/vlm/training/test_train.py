@@ -184,7 +184,7 @@ def test_a_frozen_vision_tower_keeps_no_graph(
     ]
     language: list[bool] = []
     hooks.append(
-        base.model.language_model.layers[1].register_forward_hook(
+        base.get_submodule(TINY[model_type].language_layers)[1].register_forward_hook(
             lambda module, inputs, output: language.append(
                 (output[0] if isinstance(output, tuple) else output).requires_grad
             )
@@ -491,7 +491,9 @@ def test_each_part_learns_at_its_own_rate(
         parameters = {key: parameter.detach().clone() for key, parameter in adapter_parameters(model).items()}
     groups = []
     for key, tensor in parameters.items():
-        is_projector = any(word in key for word in ("visual.merger", "projector", "image_newline", "view_sep"))
+        is_projector = any(
+            word in key for word in ("visual.merger", "projector", "connector", "image_newline", "view_sep")
+        )
         towers = ("visual.", "vision_tower.", "vision_model.", "sam_model.", "qwen2_model.", "query_768", "query_1024")
         is_vision = any(word in key for word in towers)
         part = "projector" if is_projector else "vision" if is_vision else "language"
