@@ -24,8 +24,11 @@ class TinyFamily:
         end_of_turn: The token behind an answer.
         pad_token: The token for padding.
         image_tokens: All tokens that stand for images.
-        language_attention: Full names of these layers, and so on.
+        language_attention: Full names of these projections, and so on.
+        language_layers: Full names of the decoder layers, first to last.
+        vision_layers: Full names of the vision encoders' layers, first to last.
         language_experts: Full names of the 3-D parameters of routed experts.
+        idle_parameters: Full names of parameters that the tests' small images do not reach.
         marks_answers: Whether `answer_start` can only stand before an answer; else it is what the tests' own question
             ends with, and nothing stands between the two.
         answer_lead: What the chat template writes between a generation prompt and an answer, so that models generate it.
@@ -46,7 +49,10 @@ class TinyFamily:
     vision_attention: tuple[str, ...]
     vision_mlp: tuple[str, ...]
     projector: tuple[str, ...]
+    language_layers: tuple[str, ...]
+    vision_layers: tuple[str, ...]
     language_experts: tuple[str, ...] = ()
+    idle_parameters: tuple[str, ...] = ()
     marks_answers: bool = True
     answer_lead: str = ""
     images_by_row: bool = False
@@ -57,11 +63,6 @@ class TinyFamily:
         """Linear layers outside the head."""
         groups = (self.language_attention, self.language_mlp, self.vision_attention, self.vision_mlp, self.projector)
         return sum(len(group) for group in groups)
-
-    @property
-    def language_layers(self) -> str:
-        """Full name of the list of decoder layers."""
-        return self.language_attention[0].partition(".layers.")[0] + ".layers"
 
     def without_experts(self, lora: LoraConfig) -> LoraConfig:
         """The same settings without routed experts, which have no DoRA and no dropout."""

@@ -181,6 +181,8 @@ def _tiny(model_type: str, name: str, stock_processor: Any) -> TinyFamily:
         ),
         vision_mlp=names("model.vision_model.encoder.layers.{}.mlp.", 2, ("fc1", "fc2")),
         projector=("model.connector.modality_projection.proj",),
+        language_layers=names("model.text_model.layers.{}", 2, ("",)),
+        vision_layers=names("model.vision_model.encoder.layers.{}", 2, ("",)),
         answer_lead=" ",
         images_by_row=True,
         implied_inputs=("pixel_attention_mask",),
