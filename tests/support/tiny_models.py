@@ -12,8 +12,10 @@ import numpy as np
 from tests.support.tiny_deepseek_ocr import DEEPSEEK_OCR, DEEPSEEK_OCR2
 from tests.support.tiny_family import TinyFamily, names
 from tests.support.tiny_idefics3 import IDEFICS3, SMOLVLM
+from tests.support.tiny_lighton_ocr import LIGHTON_OCR
 from tests.support.tiny_mistral import MISTRAL3, PIXTRAL
 from tests.support.tiny_mllama import MLLAMA
+from tests.support.tiny_paddleocr_vl import PADDLEOCR_VL
 from vlm.builtin.model import fill_with_noise, language_config, media_config, token_config, write_checkpoint
 
 _LANGUAGE = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 2}
@@ -120,6 +122,8 @@ TINY: dict[str, TinyFamily] = {
     "deepseek_ocr2": DEEPSEEK_OCR2,
     "idefics3": IDEFICS3,
     "smolvlm": SMOLVLM,
+    "paddleocr_vl": PADDLEOCR_VL,
+    "lighton_ocr": LIGHTON_OCR,
 }
 TINY_FAMILIES = tuple(TINY)
 

@@ -14,4 +14,6 @@ SMOLVLM = dataclasses.replace(
     config_types=("smolvlm",),
     model_class="SmolVLMForConditionalGeneration",
     image_processor_class="SmolVLMImageProcessorPil",
+    # Checkpoints name GPT-2's, which would cut numbers in another way than the tokenizer.json beside it.
+    tokenizer_class="PreTrainedTokenizerFast",
 )

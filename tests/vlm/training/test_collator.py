@@ -48,7 +48,7 @@ def test_image_tensors_follow_the_rows(tiny_run: Callable, model_type: str) -> N
         assert batch["pixel_values"].shape == (3, 2, 4, 3, 56, 56)
         assert batch["aspect_ratio_ids"].tolist() == [[2, 0], [0, 0], [1, 3]]  # 1 x 2 tiles; none; 1 x 1 and 1 x 3
         assert batch["cross_attention_mask"].shape == (*batch["input_ids"].shape, 2, 4)
-    elif model_type in ("pixtral", "mistral3"):
+    elif model_type in ("pixtral", "mistral3", "lighton_ocr"):
         assert batch["image_sizes"].tolist() == [[56, 84], [56, 56], [56, 140]]
         assert batch["pixel_values"].shape == (3, 3, 56, 140)
     elif "deepseek" in model_type:
