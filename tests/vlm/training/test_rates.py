@@ -67,9 +67,19 @@ def test_each_part_learns_at_its_own_rate(
     groups = []
     for key, tensor in parameters.items():
         is_projector = any(
-            word in key for word in ("visual.merger", "projector", "connector", "image_newline", "view_sep")
+            word in key
+            for word in ("visual.merger", "projector", "connector", "vision_projection", "image_newline", "view_sep")
         )
-        towers = ("visual.", "vision_tower.", "vision_model.", "sam_model.", "qwen2_model.", "query_768", "query_1024")
+        towers = (
+            "visual.",
+            "vision_tower.",
+            "vision_model.",
+            "vision_encoder.",
+            "sam_model.",
+            "qwen2_model.",
+            "query_768",
+            "query_1024",
+        )
         is_vision = any(word in key for word in towers)
         part = "projector" if is_projector else "vision" if is_vision else "language"
         tensor.grad = gradients.found.get(key)  # what has none stays as it is, undecayed
