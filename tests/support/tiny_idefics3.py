@@ -129,7 +129,8 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _stock_idefics3(folder: Path) -> Any:
-    from transformers import AutoTokenizer, Idefics3ImageProcessorPil, Idefics3Processor
+    from transformers import AutoTokenizer, Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
     return Idefics3Processor(
         Idefics3ImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), **_settings(folder)
@@ -140,8 +141,9 @@ def _stock_smolvlm(folder: Path) -> Any:
     """The stock processor without its video part, which needs torchvision and a package that spells numbers."""
     from unittest import mock
 
-    from transformers import AutoTokenizer, SmolVLMImageProcessorPil, SmolVLMProcessor
+    from transformers import AutoTokenizer, SmolVLMProcessor
     from transformers.models.smolvlm import processing_smolvlm
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
     class WithoutVideo(SmolVLMProcessor):  # type: ignore[misc]
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
