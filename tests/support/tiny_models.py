@@ -14,9 +14,12 @@ from tests.support.tiny_deepseek_ocr import DEEPSEEK_OCR, DEEPSEEK_OCR2
 from tests.support.tiny_family import TinyFamily, names
 from tests.support.tiny_gemma3 import GEMMA3
 from tests.support.tiny_glm_ocr import GLM_OCR
+from tests.support.tiny_idefics3 import IDEFICS3, SMOLVLM
 from tests.support.tiny_internvl import INTERNVL
+from tests.support.tiny_lighton_ocr import LIGHTON_OCR
 from tests.support.tiny_mistral import MISTRAL3, PIXTRAL
 from tests.support.tiny_mllama import MLLAMA
+from tests.support.tiny_paddleocr_vl import PADDLEOCR_VL
 from tests.support.tiny_qwen3_vl import QWEN3_VL
 from vlm.builtin.model import fill_with_noise, language_config, media_config, token_config, write_checkpoint
 from vlm.families import FAMILIES
@@ -113,6 +116,10 @@ TINY: dict[str, TinyFamily] = {
     "glm_ocr": GLM_OCR,
     "internvl": INTERNVL,
     "gemma3": GEMMA3,
+    "idefics3": IDEFICS3,
+    "smolvlm": SMOLVLM,
+    "paddleocr_vl": PADDLEOCR_VL,
+    "lighton_ocr": LIGHTON_OCR,
 }
 TINY_FAMILIES = tuple(TINY)
 

@@ -11,13 +11,17 @@ from vlm.families.deepseek_ocr2 import DEEPSEEK_OCR2
 from vlm.families.family import Family
 from vlm.families.gemma3 import GEMMA3
 from vlm.families.glm_ocr import GLM_OCR
+from vlm.families.idefics3 import IDEFICS3
 from vlm.families.internvl import INTERNVL
+from vlm.families.lighton_ocr import LIGHTON_OCR
 from vlm.families.mistral3 import MISTRAL3
 from vlm.families.mllama import MLLAMA
+from vlm.families.paddleocr_vl import PADDLEOCR_VL
 from vlm.families.pixtral import PIXTRAL
 from vlm.families.qwen2_5_vl import QWEN2_5_VL
 from vlm.families.qwen2_vl import QWEN2_VL
 from vlm.families.qwen3_vl import QWEN3_VL
+from vlm.families.smolvlm import SMOLVLM
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -33,6 +37,10 @@ FAMILIES: dict[str, Family] = {
         GLM_OCR,
         INTERNVL,
         GEMMA3,
+        IDEFICS3,
+        SMOLVLM,
+        PADDLEOCR_VL,
+        LIGHTON_OCR,
     )
 }
 

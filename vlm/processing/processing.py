@@ -5,6 +5,7 @@ transformers is imported when a folder is opened, torch when tensors are made.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -269,8 +270,12 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _image_processor(folder: Path, family: Family) -> Any:
-    """By class and not through AutoImageProcessor, which wants torchvision in some versions."""
-    image_processor_class = transformers_class(family, family.image_processor_class)
+    """By class and not through AutoImageProcessor, which wants torchvision in some versions.
+
+    From the class's own module: some versions put a stand-in at their top level that wants torchvision for nothing.
+    """
+    named = transformers_class(family, family.image_processor_class)
+    image_processor_class: Any = getattr(importlib.import_module(named.__module__), family.image_processor_class)
     if family.image_processor_defaults is not None and not files.has_image_processor(folder):
         return image_processor_class.from_dict(dict(family.image_processor_defaults))
     return image_processor_class.from_pretrained(folder, local_files_only=True)

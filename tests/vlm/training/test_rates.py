@@ -68,9 +68,15 @@ def test_each_part_learns_at_its_own_rate(
     assert set(gradients.found) == set(parameters) - set(TINY[model_type].idle_parameters)
     groups = []
     for key, tensor in parameters.items():
-        projectors = ("visual.merger", "deepstack_merger", "downsample.", "projector", "image_newline", "view_sep")
+        projectors = (
+            *("visual.merger", "deepstack_merger", "downsample.", "projector", "connector", "vision_projection"),
+            *("image_newline", "view_sep"),
+        )
         is_projector = any(word in key for word in projectors)
-        towers = ("visual.", "vision_tower.", "vision_model.", "sam_model.", "qwen2_model.", "query_768", "query_1024")
+        towers = (
+            *("visual.", "vision_tower.", "vision_model.", "vision_encoder.", "sam_model.", "qwen2_model."),
+            *("query_768", "query_1024"),
+        )
         is_vision = any(word in key for word in towers)
         part = "projector" if is_projector else "vision" if is_vision else "language"
         tensor.grad = gradients.found.get(key)  # what has none stays as it is, undecayed

@@ -81,7 +81,7 @@ def test_a_frozen_vision_tower_keeps_no_graph(
     ]
     language: list[bool] = []
     hooks.append(
-        base.model.language_model.layers[1].register_forward_hook(
+        base.get_submodule(TINY[model_type].language_layers[1]).register_forward_hook(
             lambda module, inputs, output: language.append(
                 (output[0] if isinstance(output, tuple) else output).requires_grad
             )
