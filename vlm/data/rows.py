@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -82,6 +82,15 @@ class Sample:
         return sum(image.nbytes for image in self.images) + 4 * len(self.input_ids) + 512
 
 
+class Note(NamedTuple):
+    """What the ledger should say of a row that is kept."""
+
+    action: Literal["shrunk", "warning"]
+    reason: str
+    message: str
+    details: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one row: a sample, or the error that dropped it; and what else the ledger should say."""
@@ -89,4 +98,4 @@ class Outcome:
     id: str | None = None
     sample: Sample | None = None
     error: RowError | None = None
-    notes: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)

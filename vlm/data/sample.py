@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from vlm.config.data import DataConfig
+from vlm.config.data import BoxConvention, DataConfig
+from vlm.data.boxes import BoxWriter, ResizedImage
 from vlm.data.images import ImageFolder, load_image_bytes, open_image, upright_image
 from vlm.data.mapping import Columns, map_row, row_name
-from vlm.data.rows import MappedRow, Outcome, Row, RowError, Sample, UnreadableRow
+from vlm.data.rows import MappedRow, Note, Outcome, Row, RowError, Sample, UnreadableRow
 
 # Below this an image shows nothing that can be read, so shrinking further would only hide that the row does not fit.
 SMALLEST_SHRUNK_PIXELS = 56 * 56
@@ -42,6 +43,10 @@ class ConversationEncoder(Protocol):
     @property
     def context_length_tokens(self) -> int | None:
         """Longest sequence the model takes, or None."""
+
+    @property
+    def box_convention(self) -> BoxConvention:
+        """How the model gives coordinates in answers."""
 
     def target_size(
         self, height: int, width: int, min_pixels: int | None = None, max_pixels: int | None = None
@@ -77,12 +82,23 @@ class _Opened:
     sizes: list[tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """A conversation with its images at certain sizes."""
+
+    sizes: list[tuple[int, int]]
+    messages: list[dict[str, Any]]
+    encoded: EncodedConversation
+    num_clipped: int
+
+
 class SampleMaker:
     """Prepares rows; safe to call from several threads at once."""
 
     def __init__(self, data: DataConfig, processing: ConversationEncoder) -> None:
         self._data = data
         self._processing = processing
+        self._boxes = BoxWriter(data.boxes, processing.box_convention)
         limits = [limit for limit in (data.max_length_tokens, processing.context_length_tokens) if limit is not None]
         self.limit_tokens: int | None = min(limits) if limits else None
 
@@ -123,58 +139,55 @@ class SampleMaker:
             return Outcome(id=row_id, error=error)
 
     def _finish(self, waiting: list[tuple[int, _Opened]], outcomes: list[Outcome | None]) -> None:
-        encoded: list[tuple[int, _Opened, EncodedConversation]] = []
+        encoded: list[tuple[int, _Opened, _Fitted]] = []
         for index, row in waiting:
             try:
-                encoded.append((index, row, self._encode(row.mapped.messages, row.sizes)))
+                encoded.append((index, row, self._fit(row.mapped.messages, row.images, row.sizes)))
             except RowError as error:
                 outcomes[index] = Outcome(id=row.mapped.id, error=error)
-        for index, row, conversation in encoded:
+        for index, row, fitted in encoded:
             try:
-                outcomes[index] = self._sample(row.mapped, row.images, row.sizes, conversation)
+                outcomes[index] = self._sample(row.mapped, row.images, fitted)
             except RowError as error:
                 outcomes[index] = Outcome(id=row.mapped.id, error=error)
 
-    def _sample(
-        self,
-        mapped: MappedRow,
-        images: list[Image.Image],
-        sizes: list[tuple[int, int]],
-        encoded: EncodedConversation,
-    ) -> Outcome:
+    def _sample(self, mapped: MappedRow, images: list[Image.Image], fitted: _Fitted) -> Outcome:
         notes = []
-        num_tokens = len(encoded.input_ids)
+        num_tokens = len(fitted.encoded.input_ids)
         if self.limit_tokens is not None and num_tokens > self.limit_tokens:
             details: dict[str, Any] = {
                 "limit_tokens": self.limit_tokens,
                 "num_tokens_before": num_tokens,
-                "image_sizes_before": sizes,
+                "image_sizes_before": fitted.sizes,
             }
-            fitted = (
-                self._shrink(mapped.messages, images, sizes)
+            smaller = (
+                self._shrink(mapped.messages, images, fitted.sizes)
                 if images and self._data.on_too_long == "shrink_images"
                 else None
             )
-            if fitted is None:
+            if smaller is None:
                 raise RowError(
                     "too_long",
                     f"the conversation has {num_tokens} tokens, over the limit of {self.limit_tokens}",
                     **details,
                 )
-            sizes, encoded = fitted
-            details |= {"num_tokens_after": len(encoded.input_ids), "image_sizes_after": sizes}
-            notes.append(
-                ("too_long", f"images shrunk so that {num_tokens} tokens became {len(encoded.input_ids)}", details)
-            )
+            fitted = smaller
+            num_after = len(fitted.encoded.input_ids)
+            details |= {"num_tokens_after": num_after, "image_sizes_after": fitted.sizes}
+            message = f"images shrunk so that {num_tokens} tokens became {num_after}"
+            notes.append(Note("shrunk", "too_long", message, details))
+        if fitted.num_clipped:
+            message = f"{fitted.num_clipped} boxes were clipped to their image"
+            notes.append(Note("warning", "box_clipped", message, {"num_clipped": fitted.num_clipped}))
         sample = Sample(
             mapped.id,
             mapped.group,
-            mapped.messages,
-            [self._resize(image, size) for image, size in zip(images, sizes, strict=True)],
-            list(encoded.input_ids),
-            [(int(start), int(end)) for start, end in encoded.assistant_spans],
-            encoded.num_visual_tokens,
-            mapped.metadata,
+            fitted.messages,
+            [self._resize(image, size) for image, size in zip(images, fitted.sizes, strict=True)],
+            list(fitted.encoded.input_ids),
+            [(int(start), int(end)) for start, end in fitted.encoded.assistant_spans],
+            fitted.encoded.num_visual_tokens,
+            self._metadata(mapped, images, fitted.sizes),
         )
         if not any(end > start for start, end in sample.assistant_spans):
             raise RowError(
@@ -201,21 +214,31 @@ class SampleMaker:
                 sizes=[image.size for image in images],
             ) from error
 
-    def _encode(self, messages: list[dict[str, Any]], sizes: list[tuple[int, int]]) -> EncodedConversation:
+    def _fit(self, messages: list[dict[str, Any]], images: list[Image.Image], sizes: list[tuple[int, int]]) -> _Fitted:
+        """The conversation with its images at these sizes: coordinates that fit them, and exact tokens."""
+        written, num_clipped = self._boxes(messages, _resized(images, sizes))
         try:
-            return self._processing.encode(messages, sizes)
+            encoded = self._processing.encode(written, sizes)
         except ValueError as error:
             raise RowError("not_encodable", f"the conversation cannot be turned into tokens: {error}") from error
+        return _Fitted(sizes, written, encoded, num_clipped)
+
+    def _metadata(self, mapped: MappedRow, images: list[Image.Image], sizes: list[tuple[int, int]]) -> dict[str, Any]:
+        """All accepted answers have to be in the convention of the one that is learnt."""
+        answers = mapped.metadata.get("answers")
+        if not isinstance(answers, list):
+            return mapped.metadata
+        resized = _resized(images, sizes)
+        return {**mapped.metadata, "answers": [self._boxes.text(answer, resized)[0] for answer in answers]}
 
     def _shrink(
         self, messages: list[dict[str, Any]], images: list[Image.Image], sizes: list[tuple[int, int]]
-    ) -> tuple[list[tuple[int, int]], EncodedConversation] | None:
+    ) -> _Fitted | None:
         """Largest images, to within 1 %, with which the conversation fits; None if none do."""
 
-        def attempt(max_pixels: int) -> tuple[list[tuple[int, int]], EncodedConversation] | None:
-            smaller = self._target_sizes(images, max_pixels)
-            encoded = self._encode(messages, smaller)
-            return (smaller, encoded) if len(encoded.input_ids) <= (self.limit_tokens or 0) else None
+        def attempt(max_pixels: int) -> _Fitted | None:
+            fitted = self._fit(messages, images, self._target_sizes(images, max_pixels))
+            return fitted if len(fitted.encoded.input_ids) <= (self.limit_tokens or 0) else None
 
         low = max(SMALLEST_SHRUNK_PIXELS, self._data.min_pixels or 0)
         high = max(height * width for height, width in sizes)
@@ -228,3 +251,7 @@ class SampleMaker:
             else:
                 low, best = middle, found
         return best
+
+
+def _resized(images: list[Image.Image], sizes: list[tuple[int, int]]) -> list[ResizedImage]:
+    return [ResizedImage((image.height, image.width), size) for image, size in zip(images, sizes, strict=True)]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
+from vlm.config import BoxConfig
+from vlm.data.boxes import BoxWriter, ResizedImage
 from vlm.data.prepared import PreparedRow
+from vlm.data.rows import RowError
 from vlm.errors import ConfigError, DataError
 from vlm.facade.images import load_image
 from vlm.facade.messages import training_conversation
@@ -19,7 +23,7 @@ from vlm.training.collator import IGNORED
 from vlm.training.collator import VisionDataCollator as CoreCollator
 
 _WORDS = "@@@"
-_QUESTION = [{"role": "user", "content": [{"type": "text", "text": _WORDS}]}]
+_QUESTION: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": _WORDS}]}]
 
 
 class VisionDataCollator:
@@ -45,6 +49,8 @@ class VisionDataCollator:
         resize_dimension: Which side `resize` is about: 0 the width, 1 the height, ``"max"`` or ``"min"`` of both.
         snap_to_patch_size: Either value: images always end on whole patches here.
         allow_urls: Fetch images that rows name by a remote address.
+        boxes: Settings of `vlm.config.BoxConfig`, such as ``{"source": "absolute"}``: coordinates in the texts then follow
+            their image when it is resized.
 
     Raises:
         ConfigError: An option is unknown or would have no effect, or a part is not what the template writes.
@@ -68,6 +74,7 @@ class VisionDataCollator:
         resize_dimension: Any = 0,
         snap_to_patch_size: bool = False,
         allow_urls: bool = False,
+        boxes: Mapping[str, Any] | None = None,
     ) -> None:
         state = state_of(model)
         self.processing: Processing = state.loaded.processing
@@ -97,6 +104,7 @@ class VisionDataCollator:
         self.formatting_func = formatting_func
         self.allow_urls = allow_urls
         self._resizing = Resizing(resize, resize_dimension, state.loaded.model.config.to_dict())
+        self._boxes = BoxWriter(_box_settings(boxes or {}), self.processing.box_convention)
         self._media = self.processing.media_token_ids
         self._warned = False
         self._collate = CoreCollator(
@@ -124,8 +132,14 @@ class VisionDataCollator:
         if self.formatting_func is not None:
             row = self.formatting_func(row)
         messages, references = training_conversation(row)
-        images = [self._resizing(load_image(reference, allow_urls=self.allow_urls)) for reference in references]
+        sources = [load_image(reference, allow_urls=self.allow_urls) for reference in references]
+        images = [self._resizing(image) for image in sources]
         sizes = [self.processing.target_size(image.height, image.width) for image in images]
+        resized = [ResizedImage((image.height, image.width), size) for image, size in zip(sources, sizes, strict=True)]
+        try:
+            messages, _ = self._boxes(messages, resized)
+        except RowError as error:
+            raise DataError(f"a conversation cannot be trained on: {error.message}") from error
         encoded = self.processing.encode(messages, sizes)
         ids, spans = self._cut(encoded.input_ids, encoded.assistant_spans)
         pixels = [self.processing.resize_image(image, size) for image, size in zip(images, sizes, strict=True)]
@@ -181,3 +195,10 @@ class VisionDataCollator:
                     f"VisionDataCollator: {name} {part!r} is not what this model's chat template writes there, which ends"
                     f" with {written[-60:]!r}; use that, or leave it out: the template alone tells where the words are"
                 )
+
+
+def _box_settings(boxes: Mapping[str, Any]) -> BoxConfig:
+    try:
+        return BoxConfig(**boxes)
+    except ValidationError as error:
+        raise ConfigError(f"VisionDataCollator: boxes={dict(boxes)!r} cannot be: {error.errors()[0]['msg']}") from error

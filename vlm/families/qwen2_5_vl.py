@@ -14,4 +14,5 @@ QWEN2_5_VL = dataclasses.replace(
     config_types=("qwen2_5_vl",),
     model_class="Qwen2_5_VLForConditionalGeneration",
     vision_mlp=r"model\.visual\.blocks\.\d+\.mlp\.(gate|up|down)_proj",
+    box_convention="absolute",
 )

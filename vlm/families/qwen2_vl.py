@@ -28,6 +28,7 @@ QWEN2_VL = Family(
     image_placeholder=qwen_media.IMAGE_TOKEN,
     image_token=qwen_media.IMAGE_TOKEN,
     media_tokens=qwen_media.MEDIA_TOKENS,
+    markup_tokens=qwen_media.MARKUP_TOKENS,
     target_size=qwen_media.target_size,
     image_layout=qwen_media.image_layout,
     pixel_inputs=qwen_media.pixel_inputs,

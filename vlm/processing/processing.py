@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from vlm.config.data import BoxConvention
 from vlm.errors import ModelError
 from vlm.families import Family, MediaParts, Run
 from vlm.processing import files
@@ -113,6 +114,11 @@ class Processing:
             context_length_tokens=context_length,
             stop_token_ids=stop_token_ids,
         )
+
+    @property
+    def box_convention(self) -> BoxConvention:
+        """How the family's models give coordinates in answers."""
+        return self.family.box_convention
 
     def target_size(
         self, height: int, width: int, min_pixels: int | None = None, max_pixels: int | None = None

@@ -34,6 +34,7 @@ class FakeProcessing:
     """One token per byte of text and per 28 x 28 pixels; sides are multiples of 28."""
 
     context_length_tokens: int | None = 4096
+    box_convention = "absolute"
 
     def target_size(self, height, width, min_pixels=None, max_pixels=None):
         low, high = min_pixels or 28 * 28, max_pixels or 1 << 20
