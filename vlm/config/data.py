@@ -145,6 +145,13 @@ class DataConfig(Section):
     max_pixels: int | None = Field(
         None, ge=1, description="Larger images are shrunk to this many pixels; None takes the model's own limit."
     )
+    max_video_frames: int = Field(
+        16, ge=1, le=768, description="Most frames of a video; of longer ones, evenly spaced frames from first to last."
+    )
+    max_video_pixels: int = Field(602_112, ge=1, description="Larger frames of videos are shrunk to this many pixels.")
+    video_as_images: bool = Field(
+        False, description="Give a video's frames as images, one after the other, also to models that take no videos."
+    )
     max_length_tokens: int | None = Field(
         None, ge=16, description="Longest conversation, image tokens included; None takes the model's context length."
     )

@@ -106,7 +106,7 @@ class BoxWriter:
         clipped = 0
         written = []
         for message in messages:
-            own = [next(left) for part in message["content"] if part["type"] == "image"]
+            own = [next(left) for part in message["content"] if part["type"] in ("image", "video")]
             nearest = own or nearest
             parts = []
             for part in message["content"]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,16 @@ from vlm.data.boxes import BoxWriter, ResizedImage
 from vlm.data.images import ImageFolder, load_image_bytes, open_image, upright_image
 from vlm.data.mapping import Columns, map_row, row_name
 from vlm.data.rows import MappedRow, Note, Outcome, Row, RowError, Sample, UnreadableRow
+from vlm.data.video import (
+    Medium,
+    MediumSize,
+    VideoReference,
+    frames_as_images,
+    load_video,
+    resize,
+    target_size,
+)
+from vlm.families.video import Video
 
 # Below this an image shows nothing that can be read, so shrinking further would only hide that the row does not fit.
 SMALLEST_SHRUNK_PIXELS = 56 * 56
@@ -48,6 +59,10 @@ class ConversationEncoder(Protocol):
     def box_convention(self) -> BoxConvention:
         """How the model gives coordinates in answers."""
 
+    @property
+    def video_problem(self) -> str | None:
+        """Why the model takes no videos, and what does; None if it takes them."""
+
     def target_size(
         self, height: int, width: int, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> tuple[int, int]:
@@ -57,9 +72,9 @@ class ConversationEncoder(Protocol):
         """Pixels of shape [height, width, 3], uint8, resized with the model's own filter."""
 
     def encode(
-        self, messages: list[dict[str, Any]], image_sizes: list[tuple[int, int]], add_generation_prompt: bool = False
+        self, messages: list[dict[str, Any]], image_sizes: list[MediumSize], add_generation_prompt: bool = False
     ) -> EncodedConversation:
-        """Tokens of a conversation whose images have these sizes."""
+        """Tokens of a conversation whose images (height, width) and videos (frames, height, width) have these sizes."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +90,18 @@ class Job:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A row with its images decoded and their target sizes."""
+    """A row with its images and videos decoded and their target sizes."""
 
     mapped: MappedRow
-    images: list[Image.Image]
-    sizes: list[tuple[int, int]]
+    media: list[Medium]
+    sizes: list[MediumSize]
 
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A conversation with its images at certain sizes."""
+    """A conversation with its images and videos at certain sizes."""
 
-    sizes: list[tuple[int, int]]
+    sizes: list[MediumSize]
     messages: list[dict[str, Any]]
     encoded: EncodedConversation
     num_clipped: int
@@ -116,7 +131,7 @@ class SampleMaker:
                 outcomes[index] = opened
                 continue
             waiting.append((index, opened))
-            num_pixels += sum(image.width * image.height for image in opened.images)
+            num_pixels += sum(medium.width * medium.height * len(medium.frames) for medium in opened.media)
             if num_pixels >= _PIXELS_AT_A_TIME:
                 self._finish(waiting, outcomes)
                 waiting, num_pixels = [], 0
@@ -130,28 +145,46 @@ class SampleMaker:
         try:
             row_id = row_name(job.row, job.columns)
             mapped = map_row(job.row, job.columns, self._data)
-            images = []
-            for reference in mapped.images:
-                data = load_image_bytes(reference, job.folder, allow_urls=self._data.allow_urls)
-                images.append(upright_image(open_image(data, self._data.max_source_pixels)))
-            return _Opened(mapped, images, self._target_sizes(images, self._data.max_pixels))
+            media = [self._medium(reference, job.folder) for reference in mapped.images]
+            if self._data.video_as_images and any(medium.frames_per_second is not None for medium in media):
+                messages, media = frames_as_images(mapped.messages, media)
+                mapped = replace(mapped, messages=messages)
+            return _Opened(mapped, media, self._target_sizes(media, self._data.max_pixels))
         except RowError as error:
             return Outcome(id=row_id, error=error)
+
+    def _medium(self, reference: Any, folder: ImageFolder | None) -> Medium:
+        load = partial(load_image_bytes, folder=folder, allow_urls=self._data.allow_urls)
+        if not isinstance(reference, VideoReference):
+            return Medium([upright_image(open_image(load(reference), self._data.max_source_pixels))])
+        problem = self._processing.video_problem
+        if problem is not None and not self._data.video_as_images:
+            raise RowError(
+                "video_unsupported", f"{problem}; or set data.video_as_images to give the frames of videos as images"
+            )
+        return load_video(
+            reference,
+            load=load,
+            list_folder=lambda path: folder.list_folder(path) if folder is not None else [],
+            max_frames=self._data.max_video_frames,
+            max_source_pixels=self._data.max_source_pixels,
+            max_pixels=self._data.max_video_pixels,
+        )
 
     def _finish(self, waiting: list[tuple[int, _Opened]], outcomes: list[Outcome | None]) -> None:
         encoded: list[tuple[int, _Opened, _Fitted]] = []
         for index, row in waiting:
             try:
-                encoded.append((index, row, self._fit(row.mapped.messages, row.images, row.sizes)))
+                encoded.append((index, row, self._fit(row.mapped.messages, row.media, row.sizes)))
             except RowError as error:
                 outcomes[index] = Outcome(id=row.mapped.id, error=error)
         for index, row, fitted in encoded:
             try:
-                outcomes[index] = self._sample(row.mapped, row.images, fitted)
+                outcomes[index] = self._sample(row.mapped, row.media, fitted)
             except RowError as error:
                 outcomes[index] = Outcome(id=row.mapped.id, error=error)
 
-    def _sample(self, mapped: MappedRow, images: list[Image.Image], fitted: _Fitted) -> Outcome:
+    def _sample(self, mapped: MappedRow, media: list[Medium], fitted: _Fitted) -> Outcome:
         notes = []
         num_tokens = len(fitted.encoded.input_ids)
         if self.limit_tokens is not None and num_tokens > self.limit_tokens:
@@ -161,8 +194,8 @@ class SampleMaker:
                 "image_sizes_before": fitted.sizes,
             }
             smaller = (
-                self._shrink(mapped.messages, images, fitted.sizes)
-                if images and self._data.on_too_long == "shrink_images"
+                self._shrink(mapped.messages, media, fitted.sizes)
+                if media and self._data.on_too_long == "shrink_images"
                 else None
             )
             if smaller is None:
@@ -183,11 +216,11 @@ class SampleMaker:
             mapped.id,
             mapped.group,
             fitted.messages,
-            [self._resize(image, size) for image, size in zip(images, fitted.sizes, strict=True)],
+            [self._resize(medium, size) for medium, size in zip(media, fitted.sizes, strict=True)],
             list(fitted.encoded.input_ids),
             [(int(start), int(end)) for start, end in fitted.encoded.assistant_spans],
             fitted.encoded.num_visual_tokens,
-            self._metadata(mapped, images, fitted.sizes),
+            self._metadata(mapped, media, fitted.sizes),
         )
         if not any(end > start for start, end in sample.assistant_spans):
             raise RowError(
@@ -195,53 +228,51 @@ class SampleMaker:
             )
         return Outcome(id=mapped.id, sample=sample, notes=notes)
 
-    def _resize(self, image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-        pixels = self._processing.resize_image(image, size)
+    def _resize(self, medium: Medium, size: MediumSize) -> np.ndarray | Video:
+        pixels = resize(self._processing, medium, size)
+        if medium.frames[0].mode != "L":
+            return pixels
         # Filters work on each channel alone, so one of three equal ones is enough to keep.
-        return np.ascontiguousarray(pixels[:, :, :1]) if image.mode == "L" else pixels
+        if isinstance(pixels, Video):
+            return replace(pixels, frames=np.ascontiguousarray(pixels.frames[..., :1]))
+        return np.ascontiguousarray(pixels[..., :1])
 
-    def _target_sizes(self, images: list[Image.Image], max_pixels: int | None) -> list[tuple[int, int]]:
-        min_pixels = self._data.min_pixels
+    def _target_sizes(self, media: list[Medium], max_pixels: int | None) -> list[MediumSize]:
         try:
-            return [
-                self._processing.target_size(image.height, image.width, min_pixels=min_pixels, max_pixels=max_pixels)
-                for image in images
-            ]
+            return [target_size(self._processing, medium, self._data.min_pixels, max_pixels) for medium in media]
         except ValueError as error:
             raise RowError(
                 "image_size",
                 f"the model cannot take an image of this size: {error}",
-                sizes=[image.size for image in images],
+                sizes=[(medium.width, medium.height) for medium in media],
             ) from error
 
-    def _fit(self, messages: list[dict[str, Any]], images: list[Image.Image], sizes: list[tuple[int, int]]) -> _Fitted:
+    def _fit(self, messages: list[dict[str, Any]], media: list[Medium], sizes: list[MediumSize]) -> _Fitted:
         """The conversation with its images at these sizes: coordinates that fit them, and exact tokens."""
-        written, num_clipped = self._boxes(messages, _resized(images, sizes))
+        written, num_clipped = self._boxes(messages, _resized(media, sizes))
         try:
             encoded = self._processing.encode(written, sizes)
         except ValueError as error:
             raise RowError("not_encodable", f"the conversation cannot be turned into tokens: {error}") from error
         return _Fitted(sizes, written, encoded, num_clipped)
 
-    def _metadata(self, mapped: MappedRow, images: list[Image.Image], sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    def _metadata(self, mapped: MappedRow, media: list[Medium], sizes: list[MediumSize]) -> dict[str, Any]:
         """All accepted answers have to be in the convention of the one that is learnt."""
         answers = mapped.metadata.get("answers")
         if not isinstance(answers, list):
             return mapped.metadata
-        resized = _resized(images, sizes)
+        resized = _resized(media, sizes)
         return {**mapped.metadata, "answers": [self._boxes.text(answer, resized)[0] for answer in answers]}
 
-    def _shrink(
-        self, messages: list[dict[str, Any]], images: list[Image.Image], sizes: list[tuple[int, int]]
-    ) -> _Fitted | None:
+    def _shrink(self, messages: list[dict[str, Any]], media: list[Medium], sizes: list[MediumSize]) -> _Fitted | None:
         """Largest images, to within 1 %, with which the conversation fits; None if none do."""
 
         def attempt(max_pixels: int) -> _Fitted | None:
-            fitted = self._fit(messages, images, self._target_sizes(images, max_pixels))
+            fitted = self._fit(messages, media, self._target_sizes(media, max_pixels))
             return fitted if len(fitted.encoded.input_ids) <= (self.limit_tokens or 0) else None
 
         low = max(SMALLEST_SHRUNK_PIXELS, self._data.min_pixels or 0)
-        high = max(height * width for height, width in sizes)
+        high = max(size[-2] * size[-1] for size in sizes)
         best = attempt(low) if low < high else None
         while best is not None and high - low > max(low // 100, 1):
             middle = (low + high) // 2
@@ -253,5 +284,8 @@ class SampleMaker:
         return best
 
 
-def _resized(images: list[Image.Image], sizes: list[tuple[int, int]]) -> list[ResizedImage]:
-    return [ResizedImage((image.height, image.width), size) for image, size in zip(images, sizes, strict=True)]
+def _resized(media: list[Medium], sizes: list[MediumSize]) -> list[ResizedImage]:
+    return [
+        ResizedImage((medium.height, medium.width), (size[-2], size[-1]))
+        for medium, size in zip(media, sizes, strict=True)
+    ]

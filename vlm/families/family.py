@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm.config.data import BoxConvention
+from vlm.families.video import VideoInput
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,6 +80,7 @@ class Family:
         target_size: `(parts, height, width, min_pixels, max_pixels)` to the (height, width) that an image is resized to.
         image_layout: `(parts, height, width)` of an image at its target size to the text that stands for it.
         pixel_inputs: `(parts, images of each row)` to the model's image tensors, and lists where the model takes those.
+        video: How videos are taken; None for families that take none.
         token_inputs: `(parts, input_ids of shape [batch, sequence], pixel inputs)` to further tensors that the model
             needs beside the ids, such as token types or a cross-attention mask.
         resize: `(parts, RGB or grey image, target size)` to the image at that size; None for the image processor's filter alone.
@@ -122,6 +124,7 @@ class Family:
     image_layout: Callable[[MediaParts, int, int], ImageLayout]
     pixel_inputs: Callable[[MediaParts, RowImages], dict[str, Any]]
     token_inputs: Callable[[MediaParts, torch.Tensor, Mapping[str, Any]], dict[str, torch.Tensor]]
+    video: VideoInput | None = None
     resize: Callable[[MediaParts, Image.Image, tuple[int, int]], Image.Image] | None = None
     patches_per_token: Callable[[Mapping[str, Any]], int] | None = None
     prepare_model: Callable[[Any], None] | None = None

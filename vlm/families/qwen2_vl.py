@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm.families import qwen_media
+from vlm.families import qwen_media, qwen_video
 from vlm.families.family import Family
 
 QWEN2_VL = Family(
@@ -33,4 +33,5 @@ QWEN2_VL = Family(
     image_layout=qwen_media.image_layout,
     pixel_inputs=qwen_media.pixel_inputs,
     token_inputs=qwen_media.token_inputs,
+    video=qwen_video.IN_STEPS,
 )
