@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from artifacts.code_digest import code_closure
 from tasks.graph import STEPS, Resolved, units_for
 from vlm.config import RunConfig
 
@@ -169,3 +170,12 @@ def test_code_of_every_unit_exists() -> None:
         for module in unit.code:
             path = PROJECT / module.replace(".", "/")
             assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), module
+
+
+@pytest.mark.parametrize(
+    "name", ["load_model", "prepare_dataset", "train", "inference_mode.base", "inference_mode.tuned"]
+)
+def test_what_goes_through_a_processor_has_its_code_in_the_key(name: str) -> None:
+    (unit,) = [unit for unit in units_for(RunConfig()) if unit.name == name]
+    closure = code_closure(unit.code, cache_dir=None)
+    assert {"vlm.processing.encoding", "vlm.processing.template", "vlm.families.qwen_media"} <= set(closure)
