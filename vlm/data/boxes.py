@@ -29,9 +29,10 @@ from vlm.data.rows import RowError
 
 Size = tuple[int, int]  # (height, width) in pixels
 
-_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
-_PAIR = rf"\s*\(\s*{_NUMBER.pattern}\s*,\s*{_NUMBER.pattern}\s*\)\s*"
-_PAIRS = re.compile(rf"{_PAIR}(?:,?{_PAIR})*")
+# Each of these can match a text in one way only, so that a long text that is none costs no more than its length.
+_NUMBER = re.compile(r"-?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
+_PAIR = rf"\(\s*{_NUMBER.pattern}\s*,\s*{_NUMBER.pattern}\s*\)"
+_PAIRS = re.compile(rf"\s*{_PAIR}(?:(?:\s*,\s*|\s*){_PAIR})*\s*")
 _MARKS = {"<|box_start|>": "<|box_end|>", "<|det|>": "<|/det|>"}
 # The largest coordinate by convention; pixels have none of their own.
 _SCALES: dict[str, float] = {"normalized_1": 1, "normalized_999": 999, "normalized_1000": 1000}
@@ -298,12 +299,12 @@ def _end_of_list(text: str, start: int) -> int | None:
     return None
 
 
-def _shapes(value: Any) -> list[list[float]] | None:
+def _shapes(value: Any, depth: int = 3) -> list[list[float]] | None:
     """Points, boxes and polygons of a list of numbers, or of such lists; None if it is something else."""
-    if not isinstance(value, list):
+    if not isinstance(value, list) or depth == 0:
         return None
     if all(isinstance(item, list) for item in value):
-        nested = [_shapes(item) for item in value]
+        nested = [_shapes(item, depth - 1) for item in value]
         return None if None in nested else [shape for shapes in nested for shape in shapes or ()]
     if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in value):
         return None
