@@ -2,6 +2,7 @@
 
 from vlm.families.family import Family, ImageLayout, MediaParts, Run, context_length_tokens, text_config
 from vlm.families.table import FAMILIES, family_by_name, family_for_config
+from vlm.families.video import Video
 
 __all__ = [
     "FAMILIES",
@@ -9,6 +10,7 @@ __all__ = [
     "ImageLayout",
     "MediaParts",
     "Run",
+    "Video",
     "context_length_tokens",
     "family_by_name",
     "family_for_config",

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlm.config.data import BoxConvention
+from vlm.families.video import VideoInput
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -78,6 +81,7 @@ class Family:
         target_size: `(parts, height, width, min_pixels, max_pixels)` to the (height, width) that an image is resized to.
         image_layout: `(parts, height, width)` of an image at its target size to the text that stands for it.
         pixel_inputs: `(parts, images of each row)` to the model's image tensors, and lists where the model takes those.
+        video: How videos are taken; None for families that take none.
         token_inputs: `(parts, input_ids of shape [batch, sequence], pixel inputs)` to further tensors that the model
             needs beside the ids, such as token types or a cross-attention mask.
         resize: `(parts, RGB or grey image, target size)` to the image at that size; None for the image processor's filter alone.
@@ -96,6 +100,8 @@ class Family:
         answer_end: The token that ends a generated answer, where the chat template writes none behind an answer but leaves
             it to the start of the next turn: encoding writes it behind the last answer, and it is learnt behind each.
             None where the template ends answers itself.
+        box_convention: How answers of these models give coordinates: in pixels of the image at its target size
+            (``"absolute"``), or relative to its sides, from 0 to 1, 999 or 1000.
         generation_defaults: Generation settings for checkpoints without `generation_config.json`.
     """
 
@@ -122,6 +128,7 @@ class Family:
     image_layout: Callable[[MediaParts, int, int], ImageLayout]
     pixel_inputs: Callable[[MediaParts, RowImages], dict[str, Any]]
     token_inputs: Callable[[MediaParts, torch.Tensor, Mapping[str, Any]], dict[str, torch.Tensor]]
+    video: VideoInput | None = None
     resize: Callable[[MediaParts, Image.Image, tuple[int, int]], Image.Image] | None = None
     patches_per_token: Callable[[Mapping[str, Any]], int] | None = None
     prepare_model: Callable[[Any], None] | None = None
@@ -132,6 +139,7 @@ class Family:
     markup_tokens: tuple[str, ...] = ()
     cut_before_answers: bool = False
     answer_end: str | None = None
+    box_convention: BoxConvention = "normalized_1000"
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def part_of(self, name: str) -> PartName | None:

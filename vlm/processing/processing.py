@@ -9,10 +9,11 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from vlm.errors import ModelError
-from vlm.families import Family, MediaParts, Run
+from vlm.config.data import BoxConvention
+from vlm.errors import DataError, ModelError
+from vlm.families import FAMILIES, Family, ImageLayout, MediaParts, Run, Video
 from vlm.families.classes import transformers_class
 from vlm.processing import files
 from vlm.processing.encoding import ChatEncoder, Encoded
@@ -116,6 +117,19 @@ class Processing:
             stop_token_ids=stop_token_ids,
         )
 
+    @property
+    def box_convention(self) -> BoxConvention:
+        """How the family's models give coordinates in answers."""
+        return self.family.box_convention
+
+    @property
+    def video_problem(self) -> str | None:
+        """Why the model takes no videos, and which families do; None if it takes them."""
+        if self.family.video is not None:
+            return None
+        able = " or ".join(family.title for family in FAMILIES.values() if family.video is not None)
+        return f"{self.family.title} takes no videos; use a model of {able}"
+
     def target_size(
         self, height: int, width: int, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> tuple[int, int]:
@@ -163,7 +177,7 @@ class Processing:
     def encode(
         self,
         messages: Sequence[Mapping[str, Any]],
-        image_sizes: Sequence[tuple[int, int]],
+        image_sizes: Sequence[tuple[int, ...]],
         add_generation_prompt: bool = False,
     ) -> Encoded:
         """Tokenises a conversation exactly as the model's own processor does.
@@ -171,29 +185,35 @@ class Processing:
         The strings of control tokens inside people's text stay text: they never become control tokens.
 
         Args:
-            messages: OpenAI-style messages; image parts are ``{"type": "image"}``.
-            image_sizes: Height and width of each image at its target size, in the order of the image parts.
+            messages: OpenAI-style messages; image parts are ``{"type": "image"}``, video parts ``{"type": "video"}``.
+            image_sizes: In the order of these parts, at target size: height and width of an image; frames, height and width
+                of a video.
             add_generation_prompt: End with the start of an assistant turn, for generation.
 
         Raises:
             DataError: The chat template refuses the conversation or does not render it from front to back, or the number
                 of images differs from the number of image parts.
         """
-        layouts = [self.family.image_layout(self._parts, height, width) for height, width in image_sizes]
-        return self._encoder.encode(messages, layouts, add_generation_prompt)
+        return self._encoder.encode(messages, [self._layout(size) for size in image_sizes], add_generation_prompt)
 
-    def encode_text(self, text: str, image_sizes: Sequence[tuple[int, int]]) -> Encoded:
+    def _layout(self, size: tuple[int, ...]) -> ImageLayout:
+        if len(size) == 2:
+            return self.family.image_layout(self._parts, *size)
+        if self.family.video is None:
+            raise DataError(f"{self.video_problem}, or give the frames as images")
+        return self.family.video.layout(self._parts, *size)
+
+    def encode_text(self, text: str, image_sizes: Sequence[tuple[int, ...]]) -> Encoded:
         """Tokenises text that `render` has made; it has no assistant spans.
 
         Args:
-            text: With one placeholder per image.
-            image_sizes: Height and width of each image at its target size, in the order of the placeholders.
+            text: With one placeholder per image or video.
+            image_sizes: As in `encode`, in the order of the placeholders.
 
         Raises:
             DataError: The text has places for another number of images.
         """
-        layouts = [self.family.image_layout(self._parts, height, width) for height, width in image_sizes]
-        return self._encoder.encode_text(text, layouts)
+        return self._encoder.encode_text(text, [self._layout(size) for size in image_sizes])
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         """The conversation as the chat template writes it, with one placeholder per image.
@@ -208,18 +228,25 @@ class Processing:
         layout = self.family.image_layout(self._parts, height, width)
         return sum(piece.count for piece in layout if isinstance(piece, Run))
 
-    def pixel_inputs(self, images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
-        """The model's image tensors.
+    def pixel_inputs(
+        self, images: Sequence[np.ndarray | Video] | Sequence[Sequence[np.ndarray | Video]]
+    ) -> dict[str, Any]:
+        """The model's image and video tensors.
 
         Args:
-            images: uint8 arrays of shape [height, width, 3] at their target size, as one list or as one list per row of
-                the batch. Families that pad images per row need the latter.
+            images: uint8 arrays of shape [height, width, 3] at their target size, and videos, as one list or as one list per
+                row of the batch. Families that pad images per row need the latter.
 
         Returns:
             Tensors by the model's argument names, float32, and plain lists where it takes those; empty for no images.
         """
-        rows = images if images and isinstance(images[0], Sequence) else [images]
-        return self.family.pixel_inputs(self._parts, cast("Sequence[Sequence[np.ndarray]]", rows))
+        rows: Any = images if images and isinstance(images[0], Sequence) else [images]
+        videos = [[medium for medium in row if isinstance(medium, Video)] for row in rows]
+        if not any(videos):
+            return self.family.pixel_inputs(self._parts, rows)
+        assert self.family.video is not None, "no video without its layout"
+        stills = [[medium for medium in row if not isinstance(medium, Video)] for row in rows]
+        return {**self.family.pixel_inputs(self._parts, stills), **self.family.video.inputs(self._parts, videos)}
 
     def model_inputs(self, input_ids: torch.Tensor, pixel_inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """All that the model takes beside ids, attention mask and labels.
