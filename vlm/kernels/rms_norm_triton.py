@@ -42,7 +42,7 @@ def _launch(width: int) -> dict[str, int]:
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y of shape [M, H] and ρ of shape [M]; see `vlm.kernels.rms_norm`."""
+    """Y of shape [M, H] and ρ of shape [M]; see `vlm.kernels.rms_norm`."""
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
@@ -53,7 +53,7 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def backward(x: Tensor, weight: Tensor, rho: Tensor, dy: Tensor) -> Tensor:
-    """dx of shape [M, H]; see `vlm.kernels.rms_norm`."""
+    """Dx of shape [M, H]; see `vlm.kernels.rms_norm`."""
     if x.stride(1) != 1:
         x = x.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -42,7 +42,7 @@ def forward(g: Tensor, u: Tensor) -> Tensor:
 
 
 def backward(g: Tensor, u: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
-    """dg and du; see `vlm.kernels.swiglu.swiglu_backward`."""
+    """Dg and du; see `vlm.kernels.swiglu.swiglu_backward`."""
     dg, du = torch.empty_like(g), torch.empty_like(u)
     _backward_kernel[(triton.cdiv(g.numel(), _BLOCK),)](g, u, dh, dg, du, g.numel(), BLOCK=_BLOCK)
     return dg, du

@@ -4,8 +4,8 @@ One item of the trainer's dataset is one planned micro-batch, taken in the plan'
 what was done. What differs from the stock trainer, and why:
 
 - ``skip_prepare_dataset`` and our own batches: tokens, labels and images were settled in step 3.
-- the loss stays TRL's: summed over the step's supervised tokens and divided by their number, whatever their
-  distribution over micro-batches; logits are made in tiles and for supervised tokens only (on a GPU).
+- the loss is summed over the step's supervised tokens and divided by their number, whatever their distribution over
+  micro-batches; logits are made a few rows at a time, and for supervised tokens only (`vlm.training.loss`).
 - validation loss is weighted by tokens, not by batches.
 - checkpoints hold the adapter's tensors only, are read back by our strict loader, and count when complete.
 - a quantised base does not turn the adapter to bfloat16 (TRL's default), where small updates get lost.
@@ -30,10 +30,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
 from vlm.errors import ConfigError
-from vlm.lora.peft_model import WEIGHTS_FILE, load_tensors, save_tensors
+from vlm.lora.peft_model import WEIGHTS_FILE, base_model, load_tensors, save_tensors
 from vlm.training import checkpoints
 from vlm.training.callbacks import Pace
 from vlm.training.collator import IGNORED
+from vlm.training.loss import add_supervised_loss
 
 Rows = Sequence[int]
 
@@ -78,6 +79,7 @@ class AdapterTrainer(SFTTrainer):
         self._peft_model = model
         self._pace = pace
         self._split_groups = split_groups
+        self._right: list[tuple[torch.Tensor, torch.Tensor]] = []
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(
             model=model,
@@ -92,8 +94,9 @@ class AdapterTrainer(SFTTrainer):
         for parameter, data in trained:
             parameter.data = data
         # Some models (Qwen2.5-VL) declare that they take no loss arguments, upon which the trainer would not count the
-        # step's tokens and give every micro-batch the same weight. The loss is TRL's here, not the model's.
+        # step's tokens and give every micro-batch the same weight. The loss is ours here, not the model's.
         self.model_accepts_loss_kwargs = True
+        add_supervised_loss(base_model(model))
         # Our own bar shows what these print.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -123,6 +126,20 @@ class AdapterTrainer(SFTTrainer):
         """
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy summed over the micro-batch's labelled positions, divided by the step's number of them."""
+        outputs = model(**inputs, supervised=True)
+        num_tokens = outputs.num_supervised if num_items_in_batch is None else num_items_in_batch
+        loss = outputs.total / torch.as_tensor(num_tokens).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The number is that of all processes, over which gradients are averaged.
+            loss = loss * self.accelerator.num_processes
+        # Kept on the device: reading them for every micro-batch would make the host wait for the GPU.
+        self._right.append((outputs.num_right, outputs.num_supervised))
+        return (loss, outputs) if return_outputs else loss
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self._batches)
 
@@ -145,7 +162,7 @@ class AdapterTrainer(SFTTrainer):
             total += float(mean) * num_batch
             num_tokens += num_batch
         metrics = {f"{metric_key_prefix}_loss": total / max(num_tokens, 1)}
-        self._metrics["eval"].clear()
+        self._right.clear()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         model.train(was_training)
@@ -162,6 +179,9 @@ class AdapterTrainer(SFTTrainer):
                     " training.warmup_fraction, or set training.max_grad_norm to 1"
                 )
         if "loss" in logs:
+            num_right, num_tokens = (int(sum(counts)) for counts in zip(*self._right, strict=True))
+            self._right.clear()
+            logs = {**logs, "mean_token_accuracy": num_right / max(num_tokens, 1)}
             logs = {**logs, **self._pace.report(self.state.global_step)}
         super().log(logs, start_time)
 

@@ -16,7 +16,9 @@ from vlm.kernels.swiglu import swiglu, swiglu_backward
 from vlm.kernels.triton_use import has_triton
 
 Random = Callable[..., torch.Tensor]
-ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])
+ON_GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
 DEVICES = ["cpu", ON_GPU]
 # float32: the order of sums. bfloat16 has 8 bits, and the stock modules round once more than the kernels do.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}

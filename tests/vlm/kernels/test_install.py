@@ -46,14 +46,11 @@ def test_whole_models(tiny_run: Callable, tmp_path: Path, model_type: str, quant
     with attached(run.loaded, tmp_path / "adapter", trainable=True) as model:
         spread(model)
         model.train()
-        before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+        before = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
         loss, gradients = step(model, batch)
         with fused(base_model(model), run.loaded.family) as report:
             found_loss, found = step(model, batch)
-        after = {name: dict(module.__dict__) for name, module in model.named_modules()}
-        assert {name: set(values) for name, values in before.items()} == {
-            name: set(values) for name, values in after.items()
-        }
+        assert before == {name: module.__dict__.get("forward") for name, module in model.named_modules()}
         model.eval()
     # float32 sums in another order, through a handful of layers.
     assert found_loss == pytest.approx(loss, rel=1e-6)

@@ -23,7 +23,12 @@ def frozen(inputs: int, outputs: int, storage: str, *, bias: bool) -> Any:
         import bitsandbytes as bnb
 
         quantised = bnb.nn.Linear4bit(
-            inputs, outputs, bias=bias, compute_dtype=torch.float32, compress_statistics=storage == "nf4_double", quant_type="nf4"
+            inputs,
+            outputs,
+            bias=bias,
+            compute_dtype=torch.float32,
+            compress_statistics=storage == "nf4_double",
+            quant_type="nf4",
         )
         quantised.load_state_dict(layer.state_dict())
         layer = quantised.to("cpu")  # quantises
@@ -31,7 +36,9 @@ def frozen(inputs: int, outputs: int, storage: str, *, bias: bool) -> Any:
     return layer.requires_grad_(False)
 
 
-def adapted(inputs: int, outputs: int, random: Random, storage: str = "dense", *, bias: bool = True, rank: int = 3) -> Adapted:
+def adapted(
+    inputs: int, outputs: int, random: Random, storage: str = "dense", *, bias: bool = True, rank: int = 3
+) -> Adapted:
     projection = Projection(frozen(inputs, outputs, storage, bias=bias), scaling=0.7)
     if not rank:
         return projection, None, None
