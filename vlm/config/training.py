@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,8 +38,16 @@ class TrainingConfig(Section):
     optimizer: Literal["auto", "adamw", "adamw_8bit"] = Field(
         "auto", description="'auto' is 8-bit AdamW on a GPU and plain AdamW on a CPU."
     )
-    gradient_checkpointing: bool = Field(
-        True, description="Recompute activations in the backward pass: less memory, about a third more time."
+    activation_memory: Literal["auto", "keep", "recompute", "offload"] = Field(
+        "auto",
+        description="What happens to a layer's activations until its backward pass: 'keep' is fastest; 'recompute' makes them"
+        " again, for half as much time again; 'offload' also moves what is left to the host's memory, on a GPU. 'auto'"
+        " recomputes as few layers as the GPU's memory asks for, and all of them on a CPU.",
+    )
+    fused_kernels: bool = Field(
+        True,
+        description="Run LoRA layers, feed-forward blocks, norms and rotary embedding as fused pieces, which keep less"
+        " memory and take fewer passes over it.",
     )
     train_on_prompts: bool = Field(
         False, description="Put loss on the user's words too; off, only the assistant's words count."
@@ -52,6 +60,24 @@ class TrainingConfig(Section):
     evaluate_every_steps: int | None = Field(
         None, ge=1, description="Steps between two validation losses; None evaluates at the end only."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name(cls, values: Any) -> Any:
+        """Takes the yes or no that `activation_memory` used to be."""
+        if isinstance(values, dict) and "gradient_checkpointing" in values:
+            if "activation_memory" in values:
+                raise ValueError(
+                    "gradient_checkpointing is the older name of activation_memory; leave one of the two out"
+                )
+            values = dict(values)
+            old = values.pop("gradient_checkpointing")
+            if not isinstance(old, bool):
+                raise ValueError(
+                    f"gradient_checkpointing is {old!r}; write activation_memory 'recompute' for true and 'keep' for false"
+                )
+            values["activation_memory"] = "recompute" if old else "keep"
+        return values
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:

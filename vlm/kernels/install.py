@@ -120,7 +120,7 @@ def _replace_forward(module: Any, forward: Callable[..., Any], stack: ExitStack)
     own = module.__dict__.get("forward")
 
     def restore() -> None:
-        del module.forward
+        module.__dict__.pop("forward", None)
         if own is not None:
             module.forward = own
 

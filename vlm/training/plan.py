@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,8 @@ from vlm.config import TrainingConfig
 from vlm.errors import ConfigError, DataError, ResourceError
 from vlm.families import Family, family_by_name
 from vlm.summary import Summary
-from vlm.training.memory import MemoryEstimate, estimate_memory
+from vlm.training.activation import ActivationPlan, choose_activations
+from vlm.training.memory import MemoryEstimate, estimate_memory, towers
 from vlm.training.rates import check_rates
 
 PLAN_FILE = "plan.json"
@@ -87,6 +89,8 @@ class PlanSummary(Summary):
     """``adamw`` or ``adamw_8bit``, no longer ``auto``."""
     worst_sample: dict[str, Any]
     """The costliest row: `id`, `num_tokens`, `num_visual_tokens`, `image_sizes` as [height, width]."""
+    activations: dict[str, Any]
+    """The fields of an `ActivationPlan`: which layers are recomputed."""
     memory: dict[str, int]
     """Bytes by part, `expected_bytes` and `at_least_bytes`, for the costliest micro-batch."""
     device_memory_bytes: int | None
@@ -133,6 +137,8 @@ def make_plan(
     visual = np.asarray(rows.num_visual_tokens, dtype=np.int64)
     batches = list(plan_batches(lengths, training))
     optimizer = resolve_optimizer(training, device)
+    if training.activation_memory == "offload" and device == "cpu":
+        raise ConfigError("training.activation_memory 'offload' needs a GPU; set it to 'auto' or 'recompute'")
 
     config = json.loads((checkpoint_dir / "model" / "config.json").read_text(encoding="utf-8"))
     adapter = json.loads((adapter_dir / "targets.json").read_text(encoding="utf-8"))
@@ -145,26 +151,39 @@ def make_plan(
         # Those weights make room for their float32 copies, which are counted with the optimiser.
         weights_bytes -= min(weights_bytes, adapter["num_trainable_parameters"] * _VALUE_BYTES[dtype])
 
-    def estimate(length_tokens: int, num_visual_tokens: int) -> MemoryEstimate:
+    def estimate(length_tokens: int, num_visual_tokens: int, activations: ActivationPlan) -> MemoryEstimate:
         return estimate_memory(
             config,
+            family,
             weights_bytes=weights_bytes,
             num_trainable=adapter["num_trainable_parameters"],
             trains_vision="vision" in trained_parts,
             length_tokens=length_tokens,
             num_visual_tokens=num_visual_tokens,
             value_bytes=_VALUE_BYTES[dtype],
-            checkpointing=training.gradient_checkpointing,
+            activations=activations,
+            fused=training.fused_kernels,
             optimizer=optimizer,
             patches_per_token=family.patches_per_token(config) if family.patches_per_token else None,
         )
 
     # Activations are linear in both counts, so two numbers give the cost of any row or micro-batch.
-    text_cost, visual_cost = estimate(1, 0).activations_bytes, estimate(0, 1).activations_bytes
+    kept = ActivationPlan(0, 0)
+    text_cost, visual_cost = (estimate(*counts, kept).activations_bytes for counts in ((1, 0), (0, 1)))
     padded = np.array([lengths[batch].max() * len(batch) for _, batch in batches])
     visual_of_batch = np.array([visual[batch].sum() for _, batch in batches])
     costliest = int(np.argmax(text_cost * padded + visual_cost * visual_of_batch))
-    peak = estimate(int(padded[costliest]), int(visual_of_batch[costliest]))
+    device_memory = _device_memory_bytes(device)
+    cost_of = partial(estimate, int(padded[costliest]), int(visual_of_batch[costliest]))
+    language, vision, _ = towers(config, family)
+    activations = choose_activations(
+        training.activation_memory,
+        num_vision_layers=vision.num_layers if "vision" in trained_parts else 0,
+        num_language_layers=language.num_layers,
+        expected_bytes=lambda plan: cost_of(plan).expected_bytes,
+        device_memory_bytes=None if device_memory is None else device_memory - _CUDA_CONTEXT_BYTES,
+    )
+    peak = cost_of(activations)
     worst = int(np.argmax(text_cost * lengths + visual_cost * visual))
     sample = {
         "id": rows[worst].id,
@@ -172,7 +191,6 @@ def make_plan(
         "num_visual_tokens": int(visual[worst]),
         "image_sizes": [list(image.shape[:2]) for image in rows[worst].images],
     }
-    device_memory = _device_memory_bytes(device)
     if device_memory is not None:
         _check_fits(peak, device_memory, sample, training)
 
@@ -191,6 +209,7 @@ def make_plan(
         dtype=dtype,
         optimizer=optimizer,
         worst_sample=sample,
+        activations=asdict(activations),
         memory={**asdict(peak), "expected_bytes": peak.expected_bytes, "at_least_bytes": peak.at_least_bytes},
         device_memory_bytes=device_memory,
     )
@@ -285,8 +304,10 @@ def _check_fits(peak: MemoryEstimate, device_memory: int, sample: dict[str, Any]
     remedies = []
     if training.batch_size > 1:
         remedies.append("lower training.batch_size and raise training.gradient_accumulation by as much")
-    if not training.gradient_checkpointing:
-        remedies.append("turn training.gradient_checkpointing on")
+    if training.activation_memory not in ("auto", "offload"):
+        remedies.append("set training.activation_memory to 'auto' or 'offload'")
+    if not training.fused_kernels:
+        remedies.append("turn training.fused_kernels on")
     if sample["num_visual_tokens"]:
         remedies.append("lower data.max_pixels")
     remedies += ["lower data.max_length_tokens", "take a larger GPU"]

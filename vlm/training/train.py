@@ -5,7 +5,6 @@ Loads torch, transformers, trl and peft.
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from vlm.errors import ConfigError
 from vlm.lora.attach import attach_adapter, detach_adapter
 from vlm.lora.peft_model import CONFIG_FILE, TARGETS_FILE, WEIGHTS_FILE, base_model, save_tensors
 from vlm.training import checkpoints
+from vlm.training.activation import ActivationPlan
 from vlm.training.interrupt import StopFlag, TrainingInterrupted
 from vlm.training.plan import BATCHES_FILE, PLAN_FILE, PlanSummary, read_plan
 from vlm.training.results import TrainingSummary, write_results
@@ -153,11 +153,13 @@ def _trainer(
     import datasets
 
     from vlm.data.prepared import PreparedDataset
+    from vlm.kernels.install import fused
     from vlm.training.arguments import training_arguments
     from vlm.training.callbacks import Pace, ProgressBar, StopAtStepBoundary
     from vlm.training.collator import VisionDataCollator
     from vlm.training.rates import check_rates, rates_by_part, split_groups
-    from vlm.training.trainer import AdapterTrainer, checkpointed, forward_restored
+    from vlm.training.recompute import recomputed
+    from vlm.training.trainer import AdapterTrainer, forward_restored
 
     base = base_model(peft_model)
     trained_parts = {
@@ -166,14 +168,9 @@ def _trainer(
     check_rates(training, trained_parts)
     rates = rates_by_part(training)
     stack.enter_context(forward_restored(base))
-    stack.enter_context(
-        checkpointed(
-            base,
-            training.gradient_checkpointing,
-            lambda name: loaded.family.part_of(name) == "vision" and "vision" not in trained_parts,
-            lambda name: re.fullmatch(f"{loaded.family.vision_layer}|{loaded.family.language_layer}", name) is not None,
-        )
-    )
+    if training.fused_kernels:
+        stack.enter_context(fused(base, loaded.family))
+    stack.enter_context(recomputed(base, loaded.family, ActivationPlan(**plan.activations)))
     collator = VisionDataCollator(loaded.processing, train_on_prompts=training.train_on_prompts)
     rows = PreparedDataset(dataset_dir, "train")
     validation = PreparedDataset(dataset_dir, "validation")

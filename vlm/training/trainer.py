@@ -18,15 +18,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
 from vlm.errors import ConfigError
@@ -220,54 +217,3 @@ def forward_restored(model: Any) -> Iterator[None]:
         model.__dict__.pop("forward", None)
         if own is not None:
             model.forward = own
-
-
-@contextmanager
-def checkpointed(
-    model: Any,
-    enabled: bool,
-    is_frozen: Callable[[str], bool],
-    is_layer: Callable[[str], bool] = lambda name: False,
-) -> Iterator[None]:
-    """Recomputes activations in the backward pass for the length of a block.
-
-    Checkpointing is non-reentrant, which needs no input with a gradient: the usual hook on the embeddings, which would
-    drag a frozen vision tower into the graph, is left out.
-
-    Args:
-        model: The base model.
-        enabled: False changes nothing.
-        is_frozen: Tells for a module's full name that nothing in it learns; such modules are not recomputed.
-        is_layer: Tells for a module's full name that it is a layer; those that transformers forgets (the vision tower of
-            Llama 3.2 Vision) are recomputed all the same.
-    """
-    if not enabled:
-        yield
-        return
-    # transformers renamed this after 5.17, keeping the attribute of the modules.
-    renamed = hasattr(model, "activation_checkpointing_enable")
-    word = "activation" if renamed else "gradient"
-    enable, disable = (getattr(model, f"{word}_checkpointing_{verb}") for verb in ("enable", "disable"))
-    enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
-    # With an adapter on the model, transformers adds that hook in the same call.
-    model.disable_input_require_grads()
-    forgotten = []
-    for name, module in model.named_modules():
-        if is_frozen(name):
-            if getattr(module, "gradient_checkpointing", False):
-                module.gradient_checkpointing = False
-        elif is_layer(name) and not isinstance(module, GradientCheckpointingLayer):
-            module.forward = partial(_recomputed, module, module.forward)
-            forgotten.append(module)
-    try:
-        yield
-    finally:
-        for module in forgotten:
-            del module.forward
-        disable()
-
-
-def _recomputed(module: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if module.training and torch.is_grad_enabled():
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    return forward(*args, **kwargs)

@@ -83,9 +83,11 @@ def test_what_stays_with_peft(tiny_run: Callable, tmp_path: Path) -> None:
     }
     for reason, (found, lora) in cases.items():
         build_adapter(found.loaded, lora, tmp_path / reason)
-        with attached(found.loaded, tmp_path / reason, trainable=True) as model:
-            with fused(base_model(model), found.loaded.family) as report:
-                pass
+        with (
+            attached(found.loaded, tmp_path / reason, trainable=True) as model,
+            fused(base_model(model), found.loaded.family) as report,
+        ):
+            pass
         assert set(report.left) == {reason}
         assert report.fused["linear"] == report.fused["mlp"] == 0
         assert reason in str(report)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from vlm.config import LoraConfig, TrainingConfig
-from vlm.errors import DataError, ResourceError
+from vlm.errors import ConfigError, DataError, ResourceError
+from vlm.families import FAMILIES
 from vlm.lora.build import build_adapter
 from vlm.training import plan as plan_module
+from vlm.training.activation import ActivationPlan
 from vlm.training.memory import Tower, estimate_memory, towers
 from vlm.training.plan import make_plan, plan_batches, read_plan
 
@@ -141,23 +143,37 @@ def test_a_dataset_without_training_rows_is_refused(tiny_run: Callable, adapter:
 
 
 QWEN2_5_VL_7B = {
-    "text_config": {"num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064},
+    "text_config": {
+        "num_hidden_layers": 28,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
     "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "spatial_merge_size": 2},
 }
 
 
-@pytest.mark.parametrize(("checkpointing", "measured_gib"), [(True, 13.5), (False, 112)])
-def test_estimate_against_a_measurement(checkpointing: bool, measured_gib: float) -> None:
-    # One row of 12,288 tokens, no images, on an H200; the NF4 weights with 16-bit embeddings take about 5.6 GB.
+QWEN = FAMILIES["qwen2_5_vl"]
+
+
+@pytest.mark.parametrize(
+    ("activations", "measured_gib"), [(ActivationPlan(None, None), 13.5), (ActivationPlan(0, 0), 112)]
+)
+def test_estimate_against_a_measurement(activations: ActivationPlan, measured_gib: float) -> None:
+    # One row of 12,288 tokens, no images, on an H200, nothing fused; NF4 weights and 16-bit embeddings take about 5.6 GB.
     estimate = estimate_memory(
         QWEN2_5_VL_7B,
+        QWEN,
         weights_bytes=5_600_000_000,
         num_trainable=40_000_000,
         trains_vision=True,
         length_tokens=12_288,
         num_visual_tokens=0,
         value_bytes=2,
-        checkpointing=checkpointing,
+        activations=activations,
+        fused=False,
         optimizer="adamw_8bit",
     )
     assert estimate.expected_bytes / 2**30 == pytest.approx(measured_gib, rel=0.15)
@@ -165,21 +181,25 @@ def test_estimate_against_a_measurement(checkpointing: bool, measured_gib: float
 
 
 def test_widths_of_both_vision_configurations() -> None:
-    language, vision, patches = towers(QWEN2_5_VL_7B)
-    assert (language, vision, patches) == (Tower(28, 3584, 18944), Tower(32, 1280, 3420), 4)
+    language, vision, patches = towers(QWEN2_5_VL_7B, QWEN)
+    assert language == Tower(28, 3584, 18944, 512, gated=True, joint=False)
+    assert vision == Tower(32, 1280, 3420, 1280, gated=True, joint=True)
+    assert patches == 4
     qwen2_vl = {
         "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "mlp_ratio": 4, "spatial_merge_size": 2}
     }
-    assert towers(QWEN2_5_VL_7B | qwen2_vl)[1] == Tower(32, 1280, 5120)
+    vision = towers(QWEN2_5_VL_7B | qwen2_vl, FAMILIES["qwen2_vl"])[1]
+    assert vision == Tower(32, 1280, 5120, 1280, gated=False, joint=True)
 
 
 def test_widths_of_towers_with_a_second_encoder_or_a_merging_projector() -> None:
     text = {"num_hidden_layers": 40, "hidden_size": 4096, "intermediate_size": 14336}
     vision = {"num_hidden_layers": 32, "num_global_layers": 8, "hidden_size": 1280, "intermediate_size": 5120}
-    assert towers({"text_config": text, "vision_config": vision})[1:] == (Tower(40, 1280, 5120), 1)
+    found = towers({"text_config": text, "vision_config": vision}, FAMILIES["mllama"])[1:]
+    assert found == (Tower(40, 1280, 5120, 1280, gated=False), 1)
     vision = {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096}
     mistral3 = {"text_config": text, "vision_config": vision, "spatial_merge_size": 2}
-    assert towers(mistral3)[1:] == (Tower(24, 1024, 4096), 4)
+    assert towers(mistral3, FAMILIES["mistral3"])[1:] == (Tower(24, 1024, 4096, 1024), 4)
 
 
 def test_an_image_behind_one_token_costs_what_its_tiles_cost(tiny_run: Callable, tmp_path: Path) -> None:
@@ -197,13 +217,21 @@ def test_an_image_behind_one_token_costs_what_its_tiles_cost(tiny_run: Callable,
 
 
 def test_a_frozen_tower_costs_one_layer_and_no_graph() -> None:
-    tower = Tower(10, 64, 128)
-    frozen = tower.activation_bytes(100, 2, checkpointing=False, trained=False)
-    assert tower.activation_bytes(100, 2, checkpointing=False, trained=True) == 10 * frozen
+    tower = Tower(10, 64, 128, 64)
+    frozen = tower.activation_bytes(100, 2, num_recomputed=0, trained=False)
+    assert 10 * frozen < tower.activation_bytes(100, 2, num_recomputed=0) < 11 * frozen
 
 
 def test_the_first_of_two_encoders_sees_every_patch() -> None:
     """DeepSeek-OCR: 64 x 64 patches of a page become 16 x 16 tokens."""
     sam = {"num_hidden_layers": 12, "hidden_size": 768, "mlp_dim": 3072, "downsample_channels": [512, 1024]}
     vision = {"sam_config": sam, "encoder_config": {"num_hidden_layers": 24, "hidden_size": 1024}}
-    assert towers(QWEN2_5_VL_7B | {"vision_config": vision})[1:] == (Tower(12, 768, 3072), 16)
+    found = towers(QWEN2_5_VL_7B | {"vision_config": vision}, FAMILIES["deepseek_ocr"])[1:]
+    assert found == (Tower(12, 768, 3072, 768, gated=False, joint=True), 16)
+
+
+def test_offloading_on_a_cpu_is_refused(tiny_run: Callable, adapter: Path, tmp_path: Path) -> None:
+    run = tiny_run("qwen2_5_vl")
+    training = TrainingConfig(activation_memory="offload")
+    with pytest.raises(ConfigError, match="'offload' needs a GPU"):
+        make_plan(run.dataset_dir, run.checkpoint_dir, adapter, training, tmp_path / "p", device="cpu", dtype="float32")
