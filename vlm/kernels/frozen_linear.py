@@ -76,7 +76,7 @@ class Projection:
     def backward(
         self,
         dy: Tensor,
-        x: Tensor,
+        x: Tensor | None,
         xa: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
@@ -88,7 +88,7 @@ class Projection:
 
         Args:
             dy: Tensor of shape [M, N].
-            x: The input.
+            x: The input; None will do where A does not learn.
             xa: What `forward` returned.
             a: The matrix A, or None.
             b: The matrix B, or None.
@@ -99,7 +99,7 @@ class Projection:
         if a is not None and b is not None and xa is not None:
             if needs[0] or needs[1]:
                 dya = dy @ b.to(dy.dtype)
-            if needs[1] and dya is not None:
+            if needs[1] and dya is not None and x is not None:
                 da = (dya.t() @ x).to(a.dtype).mul_(self.scaling)
             if needs[2]:
                 db = (dy.t() @ xa).to(b.dtype).mul_(self.scaling)

@@ -93,6 +93,7 @@ class _Mlp(torch.autograd.Function):
         h = block.inner(g, u) if needs[3] else None
         dh, da_down, db_down = block.down.backward(dy, h, ha, a_down, b_down, needs=(True, *needs[3:5]))
         del h
+        assert dh is not None
         dg, du = block.inner_backward(g, u, dh)
         del dh
         dx, da_up, db_up = block.up.backward(du, x, xa_up, a_up, b_up, needs=needs[:3])
