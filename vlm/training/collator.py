@@ -1,4 +1,4 @@
-"""Rows to a padded batch: ids, mask, labels and image tensors."""
+"""Rows to a padded batch, or to one packed row: ids, mask or boundaries, labels and image tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 class VisionDataCollator:
-    """Makes one batch of prepared rows, padded on the right.
+    """Makes one batch of prepared rows, padded on the right; `pack` makes one row of them all.
 
     Args:
         processing: Gives image tensors and ids of control tokens.
@@ -49,11 +49,7 @@ class VisionDataCollator:
             own = torch.tensor(row.input_ids, dtype=torch.long)  # a copy: the mapped file is read-only
             ids[position, : len(own)] = own
             mask[position, : len(own)] = 1
-            if self.train_on_prompts:
-                labels[position, : len(own)] = own.masked_fill(torch.isin(own, self._media), IGNORED)
-            else:
-                for start, end in row.assistant_spans:
-                    labels[position, start:end] = own[start:end]
+            labels[position, : len(own)] = self.labels_of(row, own)
         pixels = self.processing.pixel_inputs([list(row.images) for row in rows])
         return {
             "input_ids": ids,
@@ -61,3 +57,32 @@ class VisionDataCollator:
             "labels": labels,
             **self.processing.model_inputs(ids, pixels),
         }
+
+    def pack(self, rows: Sequence[PreparedRow]) -> dict[str, Any]:
+        """Puts rows behind each other into one, without padding; for `vlm.packing.model.packed`.
+
+        Args:
+            rows: Rows of a prepared split.
+
+        Returns:
+            ``input_ids`` and ``labels`` of shape [1, tokens of all rows], ``position_ids``, ``packed_row`` and the model's
+            image tensors. The first label of each row is left out: nothing of the row stands before it.
+        """
+        samples = [torch.tensor(row.input_ids, dtype=torch.long) for row in rows]
+        labels = [self.labels_of(row, own) for row, own in zip(rows, samples, strict=True)]
+        for own in labels:
+            own[:1] = IGNORED
+        return {
+            "input_ids": torch.cat(samples)[None],
+            "labels": torch.cat(labels)[None],
+            **self.processing.packed_inputs(samples, [list(row.images) for row in rows]),
+        }
+
+    def labels_of(self, row: PreparedRow, ids: torch.Tensor) -> torch.Tensor:
+        """The ids of shape [tokens] of one row where they carry loss, else -100."""
+        if self.train_on_prompts:
+            return ids.masked_fill(torch.isin(ids, self._media), IGNORED)
+        labels = torch.full_like(ids, IGNORED)
+        for start, end in row.assistant_spans:
+            labels[start:end] = ids[start:end]
+        return labels

@@ -1,0 +1,49 @@
+"""Pixtral's tower over many images without a mask of all patches against all patches.
+
+The tower puts the patches of all images into one row already. Its attention is told where each image ends; the mask that
+some versions of transformers make all the same is left aside.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlm.packing.attention import Segments
+
+
+def install(model: Any) -> list[Any]:
+    """Hooks that tell the tower's layers where images end.
+
+    Args:
+        model: A model with a Pixtral tower.
+
+    Returns:
+        Handles that remove them.
+    """
+    tower = model.model.vision_tower
+    found: list[Segments] = []
+
+    def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from vlm.packing.attention import Segments
+
+        found.clear()
+        sizes = kwargs.get("image_sizes")
+        if sizes is None:
+            return
+        lengths = (sizes // tower.patch_size).prod(-1).tolist()
+        found.append(Segments.of_lengths(lengths, model.device))
+
+    def tell(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not found:
+            return None
+        return args, {**kwargs, "attention_mask": None, "segments": found.pop()}
+
+    return [
+        tower.register_forward_pre_hook(measure, with_kwargs=True),
+        tower.transformer.register_forward_pre_hook(tell, with_kwargs=True),
+    ]
