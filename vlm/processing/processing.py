@@ -231,9 +231,7 @@ class Processing:
         media = dict(pixel_inputs or {})
         return {**media, **self.family.token_inputs(self._parts, input_ids, media)}
 
-    def packed_inputs(
-        self, samples: Sequence[torch.Tensor], images: Sequence[Sequence[np.ndarray]]
-    ) -> dict[str, Any]:
+    def packed_inputs(self, samples: Sequence[torch.Tensor], images: Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
         """All that the model takes beside ids and labels for several conversations in one row.
 
         Args:
