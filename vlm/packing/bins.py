@@ -55,7 +55,8 @@ def balanced(sizes: Sizes, limits: Sizes, bins: list[list[int]]) -> list[list[in
     """
     totals = sizes.sum(0)
     shares = sizes / np.where(totals > 0, totals, 1)
-    loads, spread = np.zeros((len(bins), sizes.shape[1])), [[] for _ in bins]  # type: list[list[int]]
+    loads = np.zeros((len(bins), sizes.shape[1]))
+    spread: list[list[int]] = [[] for _ in bins]
     for item in np.argsort(-shares.max(1), kind="stable").tolist():
         emptiest = int(np.argmin((loads + shares[item]).max(1)))
         loads[emptiest] += shares[item]
@@ -97,7 +98,8 @@ def filled(lengths: npt.NDArray[np.int64], stream: Iterable[int], capacity: int)
 
     refill(1)
     while queue:
-        pack, space = [], capacity
+        pack: list[int] = []
+        space = capacity
         while True:
             refill(1)
             # The first row is taken in any case.

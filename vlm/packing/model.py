@@ -74,7 +74,7 @@ def _attention(model: Any, family: Family, chosen: dict[str, str]) -> Iterator[N
     """Sets the attention function of whole parts."""
     before: dict[int, tuple[Any, str]] = {}
     for name, module in model.named_modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         part = family.part_of(name)
         if part in chosen and hasattr(config, "_attn_implementation_internal") and id(config) not in before:
             before[id(config)] = (config, config._attn_implementation_internal)
