@@ -23,6 +23,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one threa
 PROJECT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests of families that the installed transformers does not have yet."""
+    from vlm.families import FAMILIES
+
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        for model_type in (value for value in values if isinstance(value, str) and value in FAMILIES):
+            from tests.support.tiny_models import is_available
+
+            if not is_available(model_type):
+                item.add_marker(pytest.mark.skip(reason=f"this transformers has no {model_type}"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps digests and downloads of the tests out of the user's cache."""

@@ -15,6 +15,7 @@ from tests.support.tiny_mistral3 import MISTRAL3
 from tests.support.tiny_mllama import MLLAMA
 from tests.support.tiny_pixtral import PIXTRAL
 from vlm.builtin.model import fill_with_noise, language_config, media_config, token_config, write_checkpoint
+from vlm.families import FAMILIES
 
 _LANGUAGE = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 2}
 _VISION = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -38,6 +39,13 @@ def make_tiny_checkpoint(model_type: str, dir: Path, seed: int = 0, *, tie_word_
     fill_with_noise(model, seed)
     family.write(model, dir)
     return dir
+
+
+def is_available(model_type: str) -> bool:
+    """Whether the installed transformers has the family; the oldest that the project works with lacks the newest ones."""
+    import transformers
+
+    return hasattr(transformers, FAMILIES[model_type].model_class)
 
 
 def _qwen2_vl(tie: bool) -> Any:

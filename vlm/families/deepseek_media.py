@@ -257,3 +257,23 @@ def _normalised(processor: Any, views: list[np.ndarray]) -> torch.Tensor:
 def token_inputs(parts: MediaParts, input_ids: torch.Tensor, media: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """These models need nothing beside ids and pixels."""
     return {}
+
+
+def cast_pixels(model: Any) -> None:
+    """Lets the vision tower take float32 pixels in whatever precision its weights are.
+
+    Processors give float32, and this family's towers, unlike others, hand it to the first convolution as it is.
+
+    Args:
+        model: A live model, changed in place.
+    """
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.in_channels == 3:
+            module.register_forward_pre_hook(_cast_to_weight)
+
+
+def _cast_to_weight(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    pixels, *others = args
+    return (pixels.to(module.weight.dtype), *others)

@@ -42,6 +42,7 @@ DEEPSEEK_OCR = Family(
     image_layout=deepseek_media.rows_with_breaks_layout,
     pixel_inputs=partial(deepseek_media.pixel_inputs, with_grids=True, global_view=deepseek_media.padded_like_pillow),
     token_inputs=deepseek_media.token_inputs,
+    prepare_model=deepseek_media.cast_pixels,
     translate_config=deepseek_config.translate,
     tokenizer_class="PreTrainedTokenizerFast",
     # The sizes that the publishers call "Gundam", and their limits on the number of crops.

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlm.errors import ModelError, ResourceError
 from vlm.families import Family, family_by_name
+from vlm.families.classes import transformers_class
 from vlm.loading.source import check_weights
 from vlm.processing import Processing
 from vlm.processing.files import read_json
@@ -85,12 +86,11 @@ def load_model(
         ResourceError: The device's memory does not hold the model.
     """
     import torch
-    import transformers
 
     from vlm.loading.model_config import model_config
     from vlm.loading.quantization import make_trainable
 
-    model_class: Any = getattr(transformers, family.model_class)
+    model_class = transformers_class(family, family.model_class)
     place = "cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
     try:
         with progress_where_seen():

@@ -6,9 +6,10 @@ Imports transformers when it is called; runs nothing that comes with a checkpoin
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlm.families import Family
+from vlm.families.classes import transformers_class
 from vlm.processing.files import read_json
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def model_config(folder: Path, family: Family) -> PretrainedConfig:
     """
     import transformers
 
+    model_class = transformers_class(family, family.model_class)
     if family.translate_config is None:
         config: PretrainedConfig = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         return config
-    config_class: Any = getattr(transformers, family.model_class).config_class
-    return config_class.from_dict(family.translate_config(read_json(folder / "config.json")))
+    return model_class.config_class.from_dict(family.translate_config(read_json(folder / "config.json")))

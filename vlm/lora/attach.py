@@ -19,6 +19,7 @@ from vlm.lora.peft_model import (
     adapter_parameters,
     load_tensors,
     read_config,
+    run_whole_modules_in_own_precision,
     unwrap,
     wrap,
 )
@@ -81,6 +82,7 @@ def attach_adapter(
             for parameter in adapter_parameters(peft_model).values():
                 parameter.data = parameter.data.to(torch.float32)
                 parameter.requires_grad_(True)
+            run_whole_modules_in_own_precision(peft_model, getattr(torch, loaded.dtype))
         load_tensors(peft_model, adapter_dir / WEIGHTS_FILE)
     except BaseException:
         unwrap(peft_model)

@@ -10,6 +10,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,36 @@ def _parameter_order(model: Any, targets: Sequence[str]) -> dict[str, list[str]]
 
 def _cpu_parameters(model: Any) -> Iterator[torch.nn.Parameter]:
     return (parameter for parameter in model.parameters() if parameter.device.type == "cpu")
+
+
+def run_whole_modules_in_own_precision(peft_model: PeftModel, dtype: torch.dtype) -> None:
+    """Lets modules that are trained whole, in float32, stand in a 16-bit model: inputs are cast to their weights' type.
+
+    LoRA layers do so by themselves. Under autocast nothing changes, since it casts both sides anyway.
+
+    Args:
+        peft_model: What ``wrap`` gave, changed in place; the hooks go when the adapter does.
+        dtype: What the model around them computes in; their outputs are cast back to it.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for wrapper in peft_model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            module = wrapper.modules_to_save[_ADAPTER]
+            module.register_forward_pre_hook(_cast_input)
+            module.register_forward_hook(partial(_cast_output, dtype))
+
+
+def _cast_input(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not args[0].is_floating_point() or torch.is_autocast_enabled(args[0].device.type):
+        return None
+    return (args[0].to(next(module.parameters()).dtype), *args[1:])
+
+
+def _cast_output(dtype: torch.dtype, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if not isinstance(output, torch.Tensor) or torch.is_autocast_enabled(output.device.type):
+        return None
+    return output.to(dtype)
 
 
 def unwrap(peft_model: PeftModel) -> Any:

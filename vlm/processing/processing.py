@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vlm.errors import ModelError
 from vlm.families import Family, MediaParts, Run
+from vlm.families.classes import transformers_class
 from vlm.processing import files
 from vlm.processing.encoding import ChatEncoder, Encoded
 
@@ -297,9 +298,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _image_processor(folder: Path, family: Family) -> Any:
     """By class and not through AutoImageProcessor, which wants torchvision in some versions."""
-    import transformers
-
-    image_processor_class: Any = getattr(transformers, family.image_processor_class)
+    image_processor_class = transformers_class(family, family.image_processor_class)
     if family.image_processor_defaults is not None and not files.has_image_processor(folder):
         return image_processor_class.from_dict(dict(family.image_processor_defaults))
     return image_processor_class.from_pretrained(folder, local_files_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from tests.support.tiny_models import make_tiny_checkpoint
 from vlm.errors import ModelError
 from vlm.families import FAMILIES, Family, context_length_tokens, family_by_name, family_for_config, text_config
+from vlm.families.classes import transformers_class
 from vlm.loading.model_config import model_config
 from vlm.loading.quantization import blueprint
 
@@ -137,3 +139,13 @@ def test_context_length_of_a_flat_config_and_of_none() -> None:
     assert context_length_tokens({"max_position_embeddings": 128}) == 128
     assert context_length_tokens({"text_config": {}, "max_position_embeddings": 64}) == 64
     assert context_length_tokens({}) is None
+
+
+def test_a_family_that_the_installed_transformers_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    family = dataclasses.replace(FAMILIES["qwen2_vl"], model_class="Qwen9VLForConditionalGeneration")
+    with pytest.raises(
+        ModelError, match=f"'Qwen9VLForConditionalGeneration'.* transformers {transformers.__version__} does not have"
+    ):
+        transformers_class(family, family.model_class)

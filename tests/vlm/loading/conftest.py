@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny_models import TINY_FAMILIES, make_tiny_checkpoint
+from tests.support.tiny_models import TINY_FAMILIES, is_available, make_tiny_checkpoint
 from vlm.config.model import ModelConfig, Quantization
 from vlm.loading.build import build_checkpoint
 
@@ -22,7 +22,11 @@ def model_type(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("sources")
-    return {model_type: make_tiny_checkpoint(model_type, root / model_type) for model_type in TINY_FAMILIES}
+    return {
+        model_type: make_tiny_checkpoint(model_type, root / model_type)
+        for model_type in TINY_FAMILIES
+        if is_available(model_type)
+    }
 
 
 @pytest.fixture(scope="session")
