@@ -59,6 +59,9 @@ class Packing:
         language_model: Full name of the language model, which gets the boundaries of the samples.
         tower_segments: Whether the vision tower hands boundaries of images or windows to its attention as ends of segments;
             if not, it keeps its own attention.
+        vision_tower: Full name of the vision tower, which gets the tower inputs.
+        tower_inputs: `(model's config.json, pixel inputs)` to arguments of the vision tower that it would else derive from the
+            images' sizes by itself, image by image and with waits for the device; None for none.
         positions: `(parts, samples, images of each, pixel inputs)` to position ids of shape [axes, 1, tokens]; None for
             0, 1, 2, … in every sample, of shape [1, tokens].
         row_inputs: `(parts, samples, images of each, pixel inputs)` to more entries of the packed row; None for none.
@@ -68,6 +71,8 @@ class Packing:
 
     language_model: str = "model.language_model"
     tower_segments: bool
+    vision_tower: str = "model.visual"
+    tower_inputs: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
     positions: Callable[[MediaParts, Sequence[torch.Tensor], Sequence[int], Mapping[str, Any]], torch.Tensor] | None = (
         None
     )

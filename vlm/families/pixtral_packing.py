@@ -26,6 +26,13 @@ def install(model: Any) -> list[Any]:
     tower = model.model.vision_tower
     found: list[Segments] = []
 
+    def sizes_as_numbers(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        sizes = kwargs.get("image_sizes")
+        # The model takes them one by one, and would wait for the device for each.
+        return None if sizes is None else (args, {**kwargs, "image_sizes": sizes.tolist()})
+
     def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from vlm.packing.attention import Segments
 
@@ -33,7 +40,8 @@ def install(model: Any) -> list[Any]:
         sizes = kwargs.get("image_sizes")
         if sizes is None:
             return
-        lengths = (sizes // tower.patch_size).prod(-1).tolist()
+        side = tower.patch_size
+        lengths = [(height // side) * (width // side) for height, width in sizes]
         found.append(Segments.of_lengths(lengths, model.device))
 
     def tell(
@@ -44,6 +52,7 @@ def install(model: Any) -> list[Any]:
         return args, {**kwargs, "attention_mask": None, "segments": found.pop()}
 
     return [
+        model.model.register_forward_pre_hook(sizes_as_numbers, with_kwargs=True),
         tower.register_forward_pre_hook(measure, with_kwargs=True),
         tower.transformer.register_forward_pre_hook(tell, with_kwargs=True),
     ]

@@ -4,7 +4,7 @@ A packed row carries its boundaries in one argument, ``packed_row``, beside the 
 the model would see it, and another hands it to the language model's layers, whose attention is ours in the meantime:
 
     model(input_ids, position_ids, pixels, packed_row)
-      └─ take ── vision tower (its own boundaries, by image) ── give ── layers(…, segments=…) ── packed_attention
+      └─ take ── equip ── vision tower (boundaries of images) ── give ── layers(…, segments=…) ── packed_attention
 
 The boundaries go through the layers as an argument, so that recomputation in the backward pass, which runs on another
 thread on a GPU, finds them again.
@@ -43,6 +43,9 @@ def packed(model: Any, family: Family) -> Iterator[None]:
         row.update(rest.pop(PACKED_ROW, {}))
         return args, rest
 
+    def equip(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, **row.get("tower", {})}
+
     def give(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if not row:
             return None
@@ -59,7 +62,10 @@ def packed(model: Any, family: Family) -> Iterator[None]:
     language = model.get_submodule(packing.language_model)
     outer = model.get_submodule(packing.language_model.rpartition(".")[0])
     with ExitStack() as stack:
-        for hooked, hook in ((outer, take), (language, give)):
+        hooks: list[tuple[torch.nn.Module, Any]] = [(outer, take), (language, give)]
+        if packing.tower_inputs is not None:
+            hooks.append((model.get_submodule(packing.vision_tower), equip))
+        for hooked, hook in hooks:
             stack.callback(hooked.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if packing.install is not None:
             for handle in packing.install(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +22,21 @@ class VisionDataCollator:
         processing: Gives image tensors and ids of control tokens.
         train_on_prompts: Put loss on everything but padding and media tokens, rather than on the assistant's words.
         pad_to_multiple_of: Makes the length of every batch a multiple of this.
+        model_config: The model's `config.json`, from which a packed row is prepared further; None leaves more to the model.
     """
 
-    def __init__(self, processing: Processing, *, train_on_prompts: bool = False, pad_to_multiple_of: int = 1) -> None:
+    def __init__(
+        self,
+        processing: Processing,
+        *,
+        train_on_prompts: bool = False,
+        pad_to_multiple_of: int = 1,
+        model_config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.processing = processing
         self.train_on_prompts = train_on_prompts
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.model_config = model_config
         self._media = torch.tensor(sorted(processing.media_token_ids), dtype=torch.long)
 
     def __call__(self, rows: Sequence[PreparedRow]) -> dict[str, Any]:
@@ -75,7 +84,7 @@ class VisionDataCollator:
         return {
             "input_ids": torch.cat(samples)[None],
             "labels": torch.cat(labels)[None],
-            **self.processing.packed_inputs(samples, [list(row.images) for row in rows]),
+            **self.processing.packed_inputs(samples, [list(row.images) for row in rows], self.model_config),
         }
 
     def labels_of(self, row: PreparedRow, ids: torch.Tensor) -> torch.Tensor:

@@ -173,7 +173,9 @@ def _trainer(
             lambda name: re.fullmatch(f"{loaded.family.vision_layer}|{loaded.family.language_layer}", name) is not None,
         )
     )
-    collator = VisionDataCollator(loaded.processing, train_on_prompts=training.train_on_prompts)
+    collator = VisionDataCollator(
+        loaded.processing, train_on_prompts=training.train_on_prompts, model_config=base.config.to_dict()
+    )
     collate: Callable[..., dict[str, Any]] = collator
     if plan.packing:
         from vlm.packing.model import packed

@@ -31,7 +31,7 @@ class Setting:
     def __init__(self, loaded: Any, model: torch.nn.Module) -> None:
         self.loaded, self.model = loaded, model
         self.rows = packing_rows(loaded.processing)
-        self.collator = VisionDataCollator(loaded.processing)
+        self.collator = VisionDataCollator(loaded.processing, model_config=loaded.model.config.to_dict())
 
     def one_by_one(self, rows: Sequence[PreparedRow]) -> tuple[float, dict[str, torch.Tensor]]:
         losses = []
@@ -241,6 +241,21 @@ def test_packed_inputs(tiny_run: Callable, model_type: str) -> None:
             # The last axis of places, or the only one, starts anew with each row.
             places = batch["position_ids"].reshape(-1, sum(lengths))[0, place]
             assert places.tolist() == list(range(lengths[own]))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_tower_derives_nothing_that_came_with_the_row(tiny_run: Callable, model_type: str) -> None:
+    loaded = tiny_run(model_type).loaded
+    rows = packing_rows(loaded.processing)
+    config = loaded.model.config.to_dict()
+    prepared = _inputs(VisionDataCollator(loaded.processing, model_config=config).pack(rows))
+    bare = _inputs(VisionDataCollator(loaded.processing).pack(rows))
+    assert ("window_index" in prepared["packed_row"]["tower"]) == (model_type == "qwen2_5_vl")
+    with packed(loaded.model, loaded.family), torch.no_grad():
+        expected = loaded.model(**bare).logits
+        # Whoever goes by the sizes again fails.
+        prepared["packed_row"]["tower"]["grid_thw"] = torch.zeros(0, 3, dtype=torch.int64)
+        assert torch.equal(loaded.model(**prepared).logits, expected)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
