@@ -21,8 +21,9 @@ def logits_of(loaded: LoadedModel) -> torch.Tensor:
     messages, images = tiny_conversation()
     ids = torch.tensor([loaded.processing.encode(messages, [image.shape[:2] for image in images]).input_ids])
     inputs = loaded.processing.model_inputs(ids, loaded.processing.pixel_inputs(images))
+    moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
     with torch.no_grad():
-        output = loaded.model(input_ids=ids.cuda(), **{name: tensor.cuda() for name, tensor in inputs.items()})
+        output = loaded.model(input_ids=ids.cuda(), **moved)
     return output.logits.cpu()  # type: ignore[no-any-return]
 
 

@@ -53,7 +53,10 @@ def test_train_answer_and_merge(tmp_path: Path, model_type: str, quantization: s
 
     export("merged_16bit", checkpoint, adapter, tmp_path / "merged", max_shard_size_mb=4000, device="cuda")
     merged = load_model(tmp_path / "merged", loaded.family, device="cuda", dtype="bfloat16")
-    batch = {name: tensor.cuda() for name, tensor in batch_of(loaded, dataset, "test", [0, 1]).items()}
+    batch = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in batch_of(loaded, dataset, "test", [0, 1]).items()
+    }
     mask = batch.pop("attention_mask")
     del batch["labels"]
     with torch.no_grad():
