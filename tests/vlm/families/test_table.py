@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from vlm.families.classes import transformers_class
 
 from tests.support.tiny_models import make_tiny_checkpoint
 from vlm.errors import ModelError
 from vlm.families import FAMILIES, Family, context_length_tokens, family_by_name, family_for_config, text_config
+from vlm.families.classes import transformers_class
 from vlm.loading.model_config import model_config
 from vlm.loading.quantization import blueprint
 
