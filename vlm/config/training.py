@@ -16,9 +16,32 @@ class TrainingConfig(Section):
     epochs: float | None = Field(
         None, gt=0, description="Passes over the training rows; None goes by `max_steps`. Both None means one epoch."
     )
-    batch_size: int = Field(2, ge=1, le=1024, description="Conversations in one forward and backward pass.")
+    batch_size: int = Field(
+        2,
+        ge=1,
+        le=1024,
+        description="Conversations of one optimiser step are this times `gradient_accumulation`. Without packing, so many go"
+        " into one forward and backward pass.",
+    )
     gradient_accumulation: int = Field(
-        4, ge=1, description="Passes per optimiser step; the effective batch is their product."
+        4, ge=1, description="The other factor; without packing, the passes per optimiser step."
+    )
+    packing: bool = Field(
+        True,
+        description="Put the conversations of a step behind each other into as few rows as memory allows, without padding and"
+        " without seeing each other; the result is the same to rounding. Families that cannot be packed use padded batches.",
+    )
+    max_tokens_per_pack: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens of one packed row. None takes what GPU memory holds by estimate, and on a CPU `batch_size`"
+        " times the longest conversation.",
+    )
+    tokens_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of one optimiser step, which is then filled with as many conversations as fit, so that every step"
+        " takes the same time; `batch_size` and `gradient_accumulation` have no say. Needs packing. None counts conversations.",
     )
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
     vision_learning_rate: float | None = Field(
@@ -80,9 +103,14 @@ class TrainingConfig(Section):
         return values
 
     @model_validator(mode="after")
-    def _one_length(self) -> TrainingConfig:
+    def _no_contradiction(self) -> TrainingConfig:
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(
                 f"max_steps {self.max_steps} and epochs {self.epochs} both set the length of the training; give one of them"
+            )
+        if not self.packing and (self.max_tokens_per_pack or self.tokens_per_step):
+            name = "max_tokens_per_pack" if self.max_tokens_per_pack else "tokens_per_step"
+            raise ValueError(
+                f"{name} {getattr(self, name)} has no effect without packing; leave it out or turn packing on"
             )
         return self

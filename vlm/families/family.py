@@ -49,6 +49,41 @@ RowImages = Sequence[Sequence["np.ndarray"]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How several conversations of a family share one row. See `vlm.packing`.
+
+    A row's samples come as a list of ids of shape [tokens] each, the number of images of each, and the pixel inputs of all
+    images as those of one row.
+
+    Attributes:
+        language_model: Full name of the language model, which gets the boundaries of the samples.
+        tower_segments: Whether the vision tower hands boundaries of images or windows to its attention as ends of segments;
+            if not, it keeps its own attention.
+        vision_tower: Full name of the vision tower, which gets the tower inputs.
+        tower_inputs: `(model's config.json, pixel inputs)` to arguments of the vision tower that it would else derive from the
+            images' sizes by itself, image by image and with waits for the device; None for none.
+        positions: `(parts, samples, images of each, pixel inputs)` to position ids of shape [axes, 1, tokens]; None for
+            0, 1, 2, … in every sample, of shape [1, tokens].
+        row_inputs: `(parts, samples, images of each, pixel inputs)` to more entries of the packed row; None for none.
+        language_inputs: `(model, packed row)` to more arguments of the language model's layers; None for none.
+        install: Puts hooks on a live model and gives their handles; None for no hooks.
+    """
+
+    language_model: str = "model.language_model"
+    tower_segments: bool
+    vision_tower: str = "model.visual"
+    tower_inputs: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
+    positions: Callable[[MediaParts, Sequence[torch.Tensor], Sequence[int], Mapping[str, Any]], torch.Tensor] | None = (
+        None
+    )
+    row_inputs: (
+        Callable[[MediaParts, Sequence[torch.Tensor], Sequence[int], Mapping[str, Any]], dict[str, Any]] | None
+    ) = None
+    language_inputs: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None
+    install: Callable[[Any], list[Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of models. All patterns are regular expressions that must match a whole name.
 
@@ -93,6 +128,7 @@ class Family:
         cut_before_answers: Whether an answer is tokenised by itself, as generation does: for layouts in which nothing
             stands between a question and its answer, so that a token could reach over both.
         generation_defaults: Generation settings for checkpoints without `generation_config.json`.
+        packing: How conversations share one row; None for a family that trains on padded batches.
     """
 
     model_type: str
@@ -128,6 +164,7 @@ class Family:
     markup_tokens: tuple[str, ...] = ()
     cut_before_answers: bool = False
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    packing: Packing | None = None
 
     def part_of(self, name: str) -> PartName | None:
         """The part that a module or parameter belongs to.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlm.families import qwen_media
-from vlm.families.family import Family
+from vlm.families import qwen_media, qwen_packing
+from vlm.families.family import Family, Packing
 
 QWEN2_VL = Family(
     model_type="qwen2_vl",
@@ -32,4 +32,5 @@ QWEN2_VL = Family(
     image_layout=qwen_media.image_layout,
     pixel_inputs=qwen_media.pixel_inputs,
     token_inputs=qwen_media.token_inputs,
+    packing=Packing(tower_segments=True, positions=qwen_packing.positions, tower_inputs=qwen_packing.tower_inputs),
 )

@@ -232,6 +232,43 @@ class Processing:
         media = dict(pixel_inputs or {})
         return {**media, **self.family.token_inputs(self._parts, input_ids, media)}
 
+    def packed_inputs(
+        self,
+        samples: Sequence[torch.Tensor],
+        images: Sequence[Sequence[np.ndarray]],
+        model_config: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """All that the model takes beside ids and labels for several conversations in one row.
+
+        Args:
+            samples: Ids of each conversation, of shape [tokens].
+            images: For each conversation, uint8 arrays of shape [height, width, 3] at their target size.
+            model_config: The model's `config.json`, for what can be derived from it beforehand; None derives less.
+
+        Returns:
+            ``position_ids``, the pixel inputs, and ``packed_row``: where the samples end, as a list and as a tensor.
+        """
+        import torch
+
+        packing = self.family.packing
+        assert packing is not None, f"{self.family.model_type} cannot be packed"
+        counts = [len(own) for own in images]
+        pixels = self.pixel_inputs([[image for own in images for image in own]])
+        lengths = [len(ids) for ids in samples]
+        if packing.positions is not None:
+            positions = packing.positions(self._parts, samples, counts, pixels)
+        else:
+            positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        row: dict[str, Any] = {
+            "lengths": lengths,
+            "ends": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        }
+        if packing.tower_inputs is not None and model_config is not None:
+            row["tower"] = packing.tower_inputs(model_config, pixels)
+        if packing.row_inputs is not None:
+            row |= packing.row_inputs(self._parts, samples, counts, pixels)
+        return {"position_ids": positions, **pixels, "packed_row": row}
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated ids, without control tokens (but for the family's markup) and without changes to white space."""
         if self.family.markup_tokens:

@@ -1,8 +1,10 @@
 """TRL's ``SFTTrainer``, made to follow a plan.
 
-One item of the trainer's dataset is one planned micro-batch, taken in the plan's order; so a resumed run skips exactly
-what was done. What differs from the stock trainer, and why:
+One item of the trainer's dataset is one planned step, taken in the plan's order; so a resumed run skips exactly what was
+done. What differs from the stock trainer, and why:
 
+- a step's micro-batches come together, since their number differs from step to step; where one does not fit into memory
+  after all, the step starts anew with smaller ones.
 - ``skip_prepare_dataset`` and our own batches: tokens, labels and images were settled in step 3.
 - the loss is summed over the step's supervised tokens and divided by their number, whatever their distribution over
   micro-batches; logits are made a few rows at a time, and for supervised tokens only (`vlm.training.loss`).
@@ -17,10 +19,13 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -32,18 +37,20 @@ from vlm.training import checkpoints
 from vlm.training.callbacks import Pace
 from vlm.training.collator import IGNORED
 from vlm.training.loss import add_supervised_loss
+from vlm.training.shrinking import Shrinking
 
 Rows = Sequence[int]
 
 
 class AdapterTrainer(SFTTrainer):
-    """Trains the adapter of a PEFT model along planned micro-batches.
+    """Trains the adapter of a PEFT model along planned steps.
 
     Args:
         model: A PEFT model whose adapter's parameters are float32.
         args: Settings.
-        batches: `datasets.Dataset` with a column `rows`, one row per micro-batch.
-        collate: Turns row numbers of the training split into a batch.
+        steps: `datasets.Dataset` with a column `micro_batches`: for each step, the row numbers of each micro-batch.
+        collate: Turns row numbers of the training split into a micro-batch.
+        lengths: Array of shape [rows]: tokens of each row of the training split.
         tokenizer: The model's tokenizer.
         validation: Row numbers of each validation batch.
         collate_validation: As `collate`, for the validation split.
@@ -58,8 +65,9 @@ class AdapterTrainer(SFTTrainer):
         model: Any,
         args: SFTConfig,
         *,
-        batches: Any,
+        steps: Any,
         collate: Callable[[Rows], dict[str, Any]],
+        lengths: npt.NDArray[np.int64],
         tokenizer: Any,
         validation: Sequence[Rows],
         collate_validation: Callable[[Rows], dict[str, Any]],
@@ -71,7 +79,9 @@ class AdapterTrainer(SFTTrainer):
         self._validation = validation
         self._collate_validation = collate_validation
         self._identity = identity
-        self._batches = batches
+        self._steps = steps
+        self._collate = collate
+        self._shrinking = Shrinking(lengths)
         self._work_dir = Path(str(args.output_dir))
         self._peft_model = model
         self._pace = pace
@@ -81,10 +91,10 @@ class AdapterTrainer(SFTTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda items: collate(items[0]["rows"]),
-            train_dataset=batches,
+            data_collator=partial(_collate_step, collate),
+            train_dataset=steps,
             # Only its presence counts; `evaluate` below does the work.
-            eval_dataset=batches.select(range(1)) if validation else None,
+            eval_dataset=steps.select(range(1)) if validation else None,
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
@@ -138,7 +148,49 @@ class AdapterTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return SequentialSampler(self._batches)
+        return SequentialSampler(self._steps)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        micro_batches = [micro_batch for step in batch_samples for micro_batch in step["micro_batches"]]
+        return super()._get_num_items_in_batch(micro_batches, device)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward over all micro-batches of a step.
+
+        Args:
+            model: The wrapped model.
+            inputs: `micro_batches` with the `rows` that each is made of.
+            num_items_in_batch: Supervised tokens of the step.
+
+        Returns:
+            The step's loss.
+
+        Raises:
+            ResourceError: A single row does not fit into memory.
+        """
+        rows, micro_batches = inputs["rows"], inputs["micro_batches"]
+        while True:
+            parts = self._shrinking.parts(rows)
+            if parts != rows:
+                rows, micro_batches = parts, [self._collate(part) for part in parts]
+            failed, num_counts = None, len(self._right)
+            total: Any = 0.0
+            for number, micro_batch in enumerate(micro_batches):
+                last = number == len(micro_batches) - 1
+                try:
+                    with nullcontext() if last else self.accelerator.no_sync(model):
+                        total = total + super().training_step(model, dict(micro_batch), num_items_in_batch)
+                except torch.OutOfMemoryError:
+                    # Left before anything else is done: the error holds the tensors of the failed pass.
+                    failed = number
+                    break
+            if failed is None:
+                return total
+            model.zero_grad(set_to_none=True)
+            del self._right[num_counts:]
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._shrinking.halve(rows[failed], self.state.global_step)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -201,6 +253,12 @@ class AdapterTrainer(SFTTrainer):
         checkpoints.mark_complete(folder, self.state.global_step, self._identity)
         checkpoints.remove_others(self._work_dir, keep=folder)
         self._pace.leave_out(time.perf_counter() - started)
+
+
+def _collate_step(collate: Callable[[Rows], dict[str, Any]], items: Sequence[Any]) -> dict[str, Any]:
+    (step,) = items
+    rows = [list(part) for part in step["micro_batches"]]
+    return {"rows": rows, "micro_batches": [collate(part) for part in rows]}
 
 
 @contextmanager
