@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.packing_rows import packing_rows
+from tests.support.packing_rows import packing_collator, packing_rows
 from tests.support.slow_kernel import slow_varlen, slow_varlen_2_10
 from vlm.errors import ConfigError
 from vlm.families import FAMILIES
 from vlm.packing import attention
 from vlm.packing.attention import Segments, attend, ends_of, packed_attention
 from vlm.packing.model import packed
-from vlm.training.collator import VisionDataCollator
 
 HEADS, KEY_HEADS, HEAD = 4, 2, 8
 
@@ -121,7 +120,7 @@ def test_what_the_kernel_is_given(
 @pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.packing is not None])
 def test_whole_models_through_the_kernel(tiny_run: Callable, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = tiny_run(model_type).loaded
-    collator = VisionDataCollator(loaded.processing, model_config=loaded.model.config.to_dict())
+    collator = packing_collator(loaded)
     batch = collator.pack(packing_rows(loaded.processing))
     del batch["labels"]
     calls: list[int] = []
