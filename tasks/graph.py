@@ -119,6 +119,8 @@ def _lora_settings(run: Resolved) -> Json:
 def _training_settings(run: Resolved) -> Json:
     # How often a checkpoint is written changes no result.
     settings = run.config.training.model_dump(mode="json", exclude={"checkpoint_every_steps"})
+    if run.config.training.tokens_per_step is not None:
+        del settings["gradient_accumulation"]
     return settings | {"device": run.device, "precision": run.precision}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,9 +16,32 @@ class TrainingConfig(Section):
     epochs: float | None = Field(
         None, gt=0, description="Passes over the training rows; None goes by `max_steps`. Both None means one epoch."
     )
-    batch_size: int = Field(2, ge=1, le=1024, description="Conversations in one forward and backward pass.")
+    batch_size: int = Field(
+        2,
+        ge=1,
+        le=1024,
+        description="Conversations of one optimiser step are this times `gradient_accumulation`. Without packing, so many go"
+        " into one forward and backward pass.",
+    )
     gradient_accumulation: int = Field(
-        4, ge=1, description="Passes per optimiser step; the effective batch is their product."
+        4, ge=1, description="The other factor; without packing, the passes per optimiser step."
+    )
+    packing: bool = Field(
+        True,
+        description="Put the conversations of a step behind each other into as few rows as memory allows, without padding and"
+        " without seeing each other; the result is the same to rounding. Families that cannot be packed use padded batches.",
+    )
+    max_tokens_per_pack: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens of one packed row. None takes what GPU memory holds by estimate, and on a CPU `batch_size`"
+        " times the longest conversation.",
+    )
+    tokens_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of one optimiser step, which is then filled with as many conversations as fit, so that every step"
+        " takes the same time; `batch_size` and `gradient_accumulation` have no say. Needs packing. None counts conversations.",
     )
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
     vision_learning_rate: float | None = Field(
@@ -38,8 +61,16 @@ class TrainingConfig(Section):
     optimizer: Literal["auto", "adamw", "adamw_8bit"] = Field(
         "auto", description="'auto' is 8-bit AdamW on a GPU and plain AdamW on a CPU."
     )
-    gradient_checkpointing: bool = Field(
-        True, description="Recompute activations in the backward pass: less memory, about a third more time."
+    activation_memory: Literal["auto", "keep", "recompute", "offload"] = Field(
+        "auto",
+        description="What happens to a layer's activations until its backward pass: 'keep' is fastest; 'recompute' makes them"
+        " again, for half as much time again; 'offload' also moves what is left to the host's memory, on a GPU. 'auto'"
+        " recomputes as few layers as the GPU's memory asks for, and all of them on a CPU.",
+    )
+    fused_kernels: bool = Field(
+        True,
+        description="Run LoRA layers, feed-forward blocks, norms and rotary embedding as fused pieces, which keep less"
+        " memory and take fewer passes over it.",
     )
     train_on_prompts: bool = Field(
         False, description="Put loss on the user's words too; off, only the assistant's words count."
@@ -53,10 +84,33 @@ class TrainingConfig(Section):
         None, ge=1, description="Steps between two validation losses; None evaluates at the end only."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name(cls, values: Any) -> Any:
+        """Takes the yes or no that `activation_memory` used to be."""
+        if isinstance(values, dict) and "gradient_checkpointing" in values:
+            if "activation_memory" in values:
+                raise ValueError(
+                    "gradient_checkpointing is the older name of activation_memory; leave one of the two out"
+                )
+            values = dict(values)
+            old = values.pop("gradient_checkpointing")
+            if not isinstance(old, bool):
+                raise ValueError(
+                    f"gradient_checkpointing is {old!r}; write activation_memory 'recompute' for true and 'keep' for false"
+                )
+            values["activation_memory"] = "recompute" if old else "keep"
+        return values
+
     @model_validator(mode="after")
-    def _one_length(self) -> TrainingConfig:
+    def _no_contradiction(self) -> TrainingConfig:
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(
                 f"max_steps {self.max_steps} and epochs {self.epochs} both set the length of the training; give one of them"
+            )
+        if not self.packing and (self.max_tokens_per_pack or self.tokens_per_step):
+            name = "max_tokens_per_pack" if self.max_tokens_per_pack else "tokens_per_step"
+            raise ValueError(
+                f"{name} {getattr(self, name)} has no effect without packing; leave it out or turn packing on"
             )
         return self

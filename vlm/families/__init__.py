@@ -1,6 +1,15 @@
 """One row per family of models; a branch on the family anywhere else is a missing field here."""
 
-from vlm.families.family import Family, ImageLayout, MediaParts, Run, context_length_tokens, text_config
+from vlm.families.family import (
+    Family,
+    ImageLayout,
+    MediaParts,
+    PackedSamples,
+    Packing,
+    Run,
+    context_length_tokens,
+    text_config,
+)
 from vlm.families.table import FAMILIES, family_by_name, family_for_config
 from vlm.families.video import Video
 
@@ -9,6 +18,8 @@ __all__ = [
     "Family",
     "ImageLayout",
     "MediaParts",
+    "PackedSamples",
+    "Packing",
     "Run",
     "Video",
     "context_length_tokens",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from vlm.families import deepseek_config, deepseek_media
-from vlm.families.family import Family
+from vlm.families.family import Family, Packing
 
 DEEPSEEK_OCR = Family(
     model_type="deepseek_ocr",
@@ -64,4 +64,6 @@ DEEPSEEK_OCR = Family(
     cut_before_answers=True,
     # The publishers' own setting: without it, long answers of the untuned model can run in circles.
     generation_defaults={"no_repeat_ngram_size": 20},
+    # Its towers take pages and crops of all samples as one batch each.
+    packing=Packing(tower_segments=False),
 )

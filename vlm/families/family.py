@@ -52,6 +52,52 @@ RowImages = Sequence[Sequence["np.ndarray"]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedSamples:
+    """What is known of the conversations that share one row.
+
+    Attributes:
+        parts: Processor pieces.
+        samples: Ids of each, of shape [tokens].
+        num_media: Images and videos of each.
+        media: Pixel inputs of all of them, as those of one row.
+        config: The model's `config.json`.
+    """
+
+    parts: MediaParts
+    samples: Sequence[torch.Tensor]
+    num_media: Sequence[int]
+    media: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How several conversations of a family share one row. See `vlm.packing`.
+
+    Attributes:
+        language_model: Full name of the language model, which gets the boundaries of the samples.
+        vision_tower: Full name of the vision tower, which gets the tower inputs.
+        tower_segments: Whether the vision tower hands boundaries of images or windows to its attention as ends of segments;
+            if not, it keeps its own attention.
+        tower_inputs: Gives, for each call of the vision tower, arguments that it would else derive from the images' sizes by
+            itself, image by image and with waits for the device; None for none.
+        positions: Gives position ids of shape [axes, 1, tokens]; None for 0, 1, 2, … in every sample, of shape [1, tokens].
+        row_inputs: Gives more entries of the packed row; None for none.
+        language_inputs: `(model, packed row)` to more arguments of the language model's layers; None for none.
+        install: Puts hooks on a live model and gives their handles; None for no hooks.
+    """
+
+    language_model: str = "model.language_model"
+    vision_tower: str = "model.visual"
+    tower_segments: bool
+    tower_inputs: Callable[[PackedSamples], list[dict[str, Any]]] | None = None
+    positions: Callable[[PackedSamples], torch.Tensor] | None = None
+    row_inputs: Callable[[PackedSamples], dict[str, Any]] | None = None
+    language_inputs: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None
+    install: Callable[[Any], list[Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of models. All patterns are regular expressions that must match a whole name.
 
@@ -103,6 +149,7 @@ class Family:
         box_convention: How answers of these models give coordinates: in pixels of the image at its target size
             (``"absolute"``), or relative to its sides, from 0 to 1, 999 or 1000.
         generation_defaults: Generation settings for checkpoints without `generation_config.json`.
+        packing: How conversations share one row; None for a family that trains on padded batches.
     """
 
     model_type: str
@@ -141,6 +188,7 @@ class Family:
     answer_end: str | None = None
     box_convention: BoxConvention = "normalized_1000"
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
+    packing: Packing | None = None
 
     def part_of(self, name: str) -> PartName | None:
         """The part that a module or parameter belongs to.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlm.families import mllama_media, mllama_rows
-from vlm.families.family import Family
+from vlm.families import mllama_media, mllama_packing, mllama_rows
+from vlm.families.family import Family, Packing
 
 _VISION_LAYER = r"model\.vision_model\.(global_)?transformer\.layers\.\d+"
 
@@ -37,4 +37,11 @@ MLLAMA = Family(
     token_inputs=mllama_media.token_inputs,
     patches_per_token=mllama_media.patches_per_token,
     prepare_model=mllama_rows.keep_rows_apart,
+    packing=Packing(
+        # Its tower takes images apart as a batch of tiles.
+        tower_segments=False,
+        row_inputs=mllama_packing.row_inputs,
+        language_inputs=mllama_packing.language_inputs,
+        install=mllama_packing.install,
+    ),
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlm.families import pixtral_media
-from vlm.families.family import Family
+from vlm.families import pixtral_media, pixtral_packing
+from vlm.families.family import Family, Packing
 
 PIXTRAL = Family(
     model_type="pixtral",
@@ -33,4 +33,5 @@ PIXTRAL = Family(
     image_layout=pixtral_media.image_layout,
     pixel_inputs=pixtral_media.pixel_inputs,
     token_inputs=pixtral_media.token_inputs,
+    packing=Packing(tower_segments=True, install=pixtral_packing.install),
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlm.families import qwen_media, qwen_video
-from vlm.families.family import Family
+from vlm.families import qwen_media, qwen_packing, qwen_video
+from vlm.families.family import Family, Packing
 
 QWEN2_VL = Family(
     model_type="qwen2_vl",
@@ -34,4 +34,5 @@ QWEN2_VL = Family(
     pixel_inputs=qwen_media.pixel_inputs,
     token_inputs=qwen_media.token_inputs,
     video=qwen_video.IN_STEPS,
+    packing=Packing(tower_segments=True, positions=qwen_packing.positions, tower_inputs=qwen_packing.tower_inputs),
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.config.data import BoxConvention
 from vlm.errors import DataError, ModelError
-from vlm.families import FAMILIES, Family, ImageLayout, MediaParts, Run, Video
+from vlm.families import FAMILIES, Family, ImageLayout, MediaParts, PackedSamples, Run, Video
 from vlm.families.classes import transformers_class
 from vlm.processing import files
 from vlm.processing.encoding import ChatEncoder, Encoded
@@ -260,6 +260,43 @@ class Processing:
         """
         media = dict(pixel_inputs or {})
         return {**media, **self.family.token_inputs(self._parts, input_ids, media)}
+
+    def packed_inputs(
+        self, samples: Sequence[torch.Tensor], images: Sequence[Sequence[Any]], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """All that the model takes beside ids and labels for several conversations in one row.
+
+        Args:
+            samples: Ids of each conversation, of shape [tokens].
+            images: For each conversation, its images and videos as for `pixel_inputs`.
+            config: The model's `config.json`.
+
+        Returns:
+            ``position_ids``, the pixel inputs, and ``packed_row``: where the samples end, as a list and as a tensor, and
+            what the family's packing needs beside.
+        """
+        import torch
+
+        packing = self.family.packing
+        assert packing is not None, f"{self.family.model_type} cannot be packed"
+        lengths = [len(ids) for ids in samples]
+        packed = PackedSamples(
+            parts=self._parts,
+            samples=samples,
+            num_media=[len(own) for own in images],
+            media=self.pixel_inputs([[image for own in images for image in own]]),
+            config=config,
+        )
+        row: dict[str, Any] = {"lengths": lengths, "ends": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)}
+        if packing.positions is not None:
+            positions = packing.positions(packed)
+        else:
+            positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        if packing.tower_inputs is not None:
+            row["tower"] = packing.tower_inputs(packed)
+        if packing.row_inputs is not None:
+            row |= packing.row_inputs(packed)
+        return {"position_ids": positions, **packed.media, "packed_row": row}
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated ids, without control tokens (but for the family's markup) and without changes to white space."""

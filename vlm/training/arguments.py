@@ -38,16 +38,16 @@ def training_arguments(
         output_dir=str(work_dir),
         max_steps=plan.num_steps,
         num_train_epochs=1,
-        # One item is one planned micro-batch.
+        # One item is one planned step with all its micro-batches, however many.
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=training.gradient_accumulation,
+        gradient_accumulation_steps=1,
         learning_rate=training.learning_rate,
         lr_scheduler_type=_SCHEDULES[training.schedule],
         warmup_steps=round(training.warmup_fraction * plan.num_steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=_OPTIMIZERS[plan.optimizer, plan.device],
-        # Switched on by us, see `checkpointed`. transformers renamed the setting after 5.17.
+        # Switched on by us, see `vlm.training.recompute`. transformers renamed the setting after 5.17.
         **{name: False},
         bf16=on_gpu and plan.dtype == "bfloat16",
         fp16=on_gpu and plan.dtype == "float16",

@@ -1,24 +1,41 @@
 """How much device memory a training step needs, estimated from shapes alone.
 
-The stored activations of a transformer layer are counted in units of its widths: per token, about
-``12 · hidden + 6.5 · intermediate`` values stay alive for the backward pass of an eager LoRA layer (its fp32 copies of
-inputs included). With gradient checkpointing, one value per token and hidden unit stays per layer, plus one layer's
-worth (and 40 % of temporaries) while that layer is recomputed. Checked against one measurement: Qwen2.5-VL-7B in NF4,
-12,288 tokens in one row, 13.5 GiB with and 112 GiB without checkpointing.
+What a layer keeps per position for its backward pass, in values, with H its width, I the width of its feed-forward block
+and K that of its keys (Q is H):
+
+- with the fused pieces (`vlm.kernels`): inputs and outputs of both norms 4 H; rotated queries and the attention's output
+  2 H; keys and values 2 K; outputs of gate and up 2 I (a plain block: I). Where one projection makes queries, keys and
+  values, the values are a part of its output and keep all of it alive: 2 H more.
+- without: about ``12 H + 6.5 I``, float32 copies of inputs included. Checked against one measurement: Qwen2.5-VL-7B in
+  NF4, 12,288 tokens in one row, 13.5 GiB with and 112 GiB without recomputation.
+
+A recomputed layer keeps its input, and is whole again while its backward pass runs.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vlm.families import Family
+from vlm.training.activation import ActivationPlan
+
 _HIDDEN_UNITS, _INTERMEDIATE_UNITS = 12.0, 6.5
-_RECOMPUTE_TEMPORARIES = 1.4
+# While a fused layer runs backward: three gradients as wide as its feed-forward block, a few as wide as itself.
+_BACKWARD_HIDDEN_UNITS, _BACKWARD_INTERMEDIATE_UNITS = 4.0, 3.0
+_UNFUSED_TEMPORARIES = 0.4
+# Beside the layers: embeddings before and after image features are put in, the last norm's input and output, a gradient.
+_OUTSIDE_HIDDEN_UNITS = 5.0
+# Inputs on their way to the host's memory or back.
+_OFFLOADS_IN_FLIGHT = 2
 # The share of the activation estimate that no run has been seen to stay under.
 _CERTAIN_SHARE = 0.7
-# trl's fused language-model head makes logits in tiles of this size.
-_HEAD_TILE_TOKENS, _HEAD_TILE_VOCABULARY = 4096, 32768
+# The head's loss makes logits for as many rows as fit into this much in float32 (`vlm.kernels.head_loss`); beside them
+# live their copies in 16 bit before and after the softmax.
+_HEAD_CHUNK_BYTES = 256 * 2**20
+_HEAD_COPIES = 2.0
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}
 
 
@@ -32,25 +49,68 @@ class Tower:
     """Width of the residual stream."""
     intermediate: int
     """Width inside the feed-forward layers."""
+    key_value: int
+    """Width of the keys, and of the values."""
+    gated: bool = True
+    """Whether feed-forward blocks have a gate."""
+    joint: bool = False
+    """Whether one projection makes queries, keys and values."""
 
-    def activation_bytes(self, length_tokens: int, value_bytes: int, *, checkpointing: bool, trained: bool) -> float:
+    def kept_values(self, *, fused: bool) -> float:
+        """Values that a layer keeps per position for its backward pass.
+
+        Args:
+            fused: Whether it runs with the fused pieces.
+        """
+        if not fused:
+            return _HIDDEN_UNITS * self.hidden + _INTERMEDIATE_UNITS * self.intermediate
+        attention = 2 * self.hidden + 2 * self.key_value + (2 * self.hidden if self.joint else 0)
+        return 4 * self.hidden + attention + (2 if self.gated else 1) * self.intermediate
+
+    def working_values(self, *, fused: bool) -> float:
+        """Values per position that live while one layer runs backward, beside what it kept.
+
+        Args:
+            fused: Whether it runs with the fused pieces.
+        """
+        if not fused:
+            return _UNFUSED_TEMPORARIES * self.kept_values(fused=False)
+        return _BACKWARD_HIDDEN_UNITS * self.hidden + _BACKWARD_INTERMEDIATE_UNITS * self.intermediate
+
+    def activation_bytes(
+        self,
+        length_tokens: int,
+        value_bytes: int,
+        *,
+        num_recomputed: int | None,
+        offload: bool = False,
+        trained: bool = True,
+        fused: bool = True,
+    ) -> float:
         """Bytes alive at the peak of the backward pass.
 
         Args:
             length_tokens: Tokens (or patches) in one pass, padding included.
             value_bytes: Bytes of one activation.
-            checkpointing: Whether activations are recomputed.
+            num_recomputed: Layers that are recomputed; None for all.
+            offload: Whether their inputs wait in the host's memory.
             trained: False for a frozen stack, which keeps no graph.
+            fused: Whether the fused pieces are used.
 
         Returns:
             The estimate.
         """
-        layer = length_tokens * value_bytes * (_HIDDEN_UNITS * self.hidden + _INTERMEDIATE_UNITS * self.intermediate)
+        layer = self.kept_values(fused=fused)
+        if num_recomputed is None:
+            num_recomputed = self.num_layers
         if not trained:
-            return layer
-        if not checkpointing:
-            return self.num_layers * layer
-        return self.num_layers * length_tokens * self.hidden * value_bytes + _RECOMPUTE_TEMPORARIES * layer
+            values = layer
+        else:
+            values = (self.num_layers - num_recomputed) * layer + self.working_values(fused=fused)
+            if num_recomputed:
+                inputs = min(num_recomputed, _OFFLOADS_IN_FLIGHT) if offload else num_recomputed
+                values += inputs * self.hidden + layer
+        return length_tokens * value_bytes * (values + _OUTSIDE_HIDDEN_UNITS * self.hidden)
 
 
 @dataclass(frozen=True)
@@ -77,11 +137,12 @@ class MemoryEstimate:
         return self.weights_bytes + self.adapter_bytes + int(_CERTAIN_SHARE * self.activations_bytes)
 
 
-def towers(config: Mapping[str, Any]) -> tuple[Tower, Tower, int]:
+def towers(config: Mapping[str, Any], family: Family) -> tuple[Tower, Tower, int]:
     """Reads the widths from a model's ``config.json``.
 
     Args:
         config: Its content.
+        family: Its row of the table.
 
     Returns:
         The language model, the vision tower, and the patches behind one visual token.
@@ -94,18 +155,31 @@ def towers(config: Mapping[str, Any]) -> tuple[Tower, Tower, int]:
         # times, which is a tenth of the work.
         vision = {**sam, "intermediate_size": sam.get("mlp_dim")}
         vision["spatial_merge_size"] = 2 ** len(sam.get("downsample_channels") or (0, 0))
-    language = Tower(int(text["num_hidden_layers"]), int(text["hidden_size"]), int(text["intermediate_size"]))
+    hidden = int(text["hidden_size"])
+    num_heads = int(text.get("num_attention_heads") or 1)
+    head_width = int(text.get("head_dim") or hidden // num_heads)
+    language = Tower(
+        int(text["num_hidden_layers"]),
+        hidden,
+        int(text["intermediate_size"]),
+        int(text.get("num_key_value_heads") or num_heads) * head_width,
+    )
     # `embed_dim` first: where a vision configuration has both, its `hidden_size` is the language model's width.
     width = int(vision.get("embed_dim") or vision.get("hidden_size") or 0)
     inner = int(vision.get("intermediate_size") or width * float(vision.get("mlp_ratio") or 4))
     # Llama 3.2 Vision has a second encoder behind the first; Mistral 3 merges patches outside the tower.
     depth = int(vision.get("depth") or vision.get("num_hidden_layers") or 0) + int(vision.get("num_global_layers") or 0)
     merge_size = int(vision.get("spatial_merge_size") or config.get("spatial_merge_size") or 1)
-    return language, Tower(depth, width, inner), merge_size**2
+    gated, joint = (
+        re.search(rf"\b{word}\b", pattern) is not None
+        for word, pattern in (("gate", family.vision_mlp), ("qkv", family.vision_attention))
+    )
+    return language, Tower(depth, width, inner, width, gated, joint), merge_size**2
 
 
 def estimate_memory(
     config: Mapping[str, Any],
+    family: Family,
     *,
     weights_bytes: int,
     num_trainable: int,
@@ -113,7 +187,8 @@ def estimate_memory(
     length_tokens: int,
     num_visual_tokens: int,
     value_bytes: int,
-    checkpointing: bool,
+    activations: ActivationPlan,
+    fused: bool,
     optimizer: str,
     patches_per_token: int | None = None,
 ) -> MemoryEstimate:
@@ -121,31 +196,41 @@ def estimate_memory(
 
     Args:
         config: The model's ``config.json``.
+        family: Its row of the table.
         weights_bytes: Size of the stored checkpoint.
         num_trainable: Trained parameters.
         trains_vision: Whether an adapter sits in the vision tower.
         length_tokens: Padded tokens of the micro-batch.
         num_visual_tokens: Visual tokens in it.
         value_bytes: Bytes of one activation.
-        checkpointing: Whether activations are recomputed.
+        activations: Which layers are recomputed.
+        fused: Whether the fused pieces are used.
         optimizer: ``adamw`` or ``adamw_8bit``.
         patches_per_token: Patches behind one visual token, where the configuration does not tell.
 
     Returns:
         The parts of the estimate.
     """
-    language, vision, merged_patches = towers(config)
-    activations = language.activation_bytes(length_tokens, value_bytes, checkpointing=checkpointing, trained=True)
-    activations += vision.activation_bytes(
+    language, vision, merged_patches = towers(config, family)
+    activation_bytes = language.activation_bytes(
+        length_tokens,
+        value_bytes,
+        num_recomputed=activations.recomputed_language,
+        offload=activations.offload,
+        fused=fused,
+    )
+    activation_bytes += vision.activation_bytes(
         num_visual_tokens * (patches_per_token or merged_patches),
         value_bytes,
-        checkpointing=checkpointing,
+        num_recomputed=activations.recomputed_vision,
+        offload=activations.offload,
         trained=trains_vision,
+        fused=fused,
     )
     vocabulary = int((config.get("text_config") or config).get("vocab_size") or config.get("vocab_size") or 0)
     return MemoryEstimate(
         weights_bytes=weights_bytes,
         adapter_bytes=int(num_trainable * (4 + 4 + _OPTIMIZER_BYTES[optimizer])),
-        activations_bytes=int(activations),
-        logits_bytes=min(length_tokens, _HEAD_TILE_TOKENS) * min(vocabulary, _HEAD_TILE_VOCABULARY) * 4,
+        activations_bytes=int(activation_bytes),
+        logits_bytes=int(_HEAD_COPIES * min(length_tokens * vocabulary * 4, _HEAD_CHUNK_BYTES)),
     )

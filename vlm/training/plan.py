@@ -1,10 +1,7 @@
 """Step 4: which rows go into which micro-batch of which step, decided before any model is loaded.
 
-The trainer just follows the plan, so an interrupted training goes on at exactly the row where it stopped. Rows are
-drawn epoch by epoch without replacement into one stream; every step takes the next ``batch_size ·
-gradient_accumulation`` rows. Within a step, rows are sorted by length before they are cut into micro-batches: the
-gradient of a step is a sum over its tokens, so the cut changes padding only. The longest rows come first, so that what
-does not fit fails early.
+The trainer just follows the plan, so an interrupted training goes on at exactly the row where it stopped. How rows are
+put together is in `vlm.training.steps`; here they meet the memory of the device.
 
 Files: ``plan.json`` (facts), ``batches.arrow`` (one row per micro-batch: its step and row numbers).
 """
@@ -13,10 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,36 +22,20 @@ from vlm.config import TrainingConfig
 from vlm.errors import ConfigError, DataError, ResourceError
 from vlm.families import Family, family_by_name
 from vlm.summary import Summary
-from vlm.training.memory import MemoryEstimate, estimate_memory
+from vlm.training.activation import ActivationPlan, choose_activations
+from vlm.training.memory import MemoryEstimate, estimate_memory, towers
 from vlm.training.rates import check_rates
+from vlm.training.steps import PackLimits, full_pack_size, plan_batches, plan_full_packs, plan_packs
 
 PLAN_FILE = "plan.json"
 BATCHES_FILE = "batches.arrow"
 # What the driver and the libraries take before the first tensor.
 _CUDA_CONTEXT_BYTES = 700_000_000
+# The share of the device that packs are made for; the estimate may err, and memory gets fragmented.
+_USED_SHARE = 0.9
+# A pack of so many tokens keeps a GPU busy: several smaller packs cost less than recomputing layers of one large one.
+_EFFICIENT_PACK_TOKENS = 4096
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-class TrainingRows(Protocol):
-    """What the plan needs of a prepared split."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    def __getitem__(self, index: int, /) -> Any:
-        """A row with `id` and `images`."""
-
-    @property
-    def num_tokens(self) -> npt.NDArray[np.int64]:
-        """Array of shape [rows]: tokens of each row, image tokens included."""
-
-    @property
-    def num_visual_tokens(self) -> npt.NDArray[np.int64]:
-        """Array of shape [rows]: image tokens of each row."""
-
-    @property
-    def num_supervised_tokens(self) -> npt.NDArray[np.int64]:
-        """Array of shape [rows]: tokens with loss when only answers count."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +46,16 @@ class PlanSummary(Summary):
     """Optimiser steps."""
     num_micro_batches: int
     """Forward and backward passes."""
-    gradient_accumulation: int
-    """Micro-batches of every step but, perhaps, the last."""
+    most_micro_batches_per_step: int
+    """Micro-batches of the step that has the most."""
+    packing: bool
+    """Whether micro-batches are packed rows; otherwise they are padded."""
+    max_tokens_per_pack: int | None
+    """Most tokens of a pack as planned; None where only memory limits it, and without packing."""
+    largest_micro_batch_tokens: int
+    """Tokens of the largest micro-batch, padding included."""
+    fullness: float
+    """Tokens of all micro-batches over what they would hold: `max_tokens_per_pack` or the largest one's tokens each."""
     num_train_rows: int
     """Rows in the training split."""
     num_validation_rows: int
@@ -87,6 +76,8 @@ class PlanSummary(Summary):
     """``adamw`` or ``adamw_8bit``, no longer ``auto``."""
     worst_sample: dict[str, Any]
     """The costliest row: `id`, `num_tokens`, `num_visual_tokens`, `image_sizes` as [height, width], for videos [frames, height, width]."""
+    activations: dict[str, Any]
+    """The fields of an `ActivationPlan`: which layers are recomputed."""
     memory: dict[str, int]
     """Bytes by part, `expected_bytes` and `at_least_bytes`, for the costliest micro-batch."""
     device_memory_bytes: int | None
@@ -119,7 +110,7 @@ def make_plan(
 
     Raises:
         DataError: The dataset has no training rows.
-        ConfigError: A learning rate is for a part in which nothing learns.
+        ConfigError: A learning rate is for a part in which nothing learns, or a row is longer than a pack may be.
         ResourceError: The costliest micro-batch cannot fit into the GPU's memory; names the sample.
     """
     from vlm.data.prepared import PreparedDataset
@@ -131,8 +122,9 @@ def make_plan(
         )
     lengths = np.asarray(rows.num_tokens, dtype=np.int64)
     visual = np.asarray(rows.num_visual_tokens, dtype=np.int64)
-    batches = list(plan_batches(lengths, training))
     optimizer = resolve_optimizer(training, device)
+    if training.activation_memory == "offload" and device == "cpu":
+        raise ConfigError("training.activation_memory 'offload' needs a GPU; set it to 'auto' or 'recompute'")
 
     config = json.loads((checkpoint_dir / "model" / "config.json").read_text(encoding="utf-8"))
     adapter = json.loads((adapter_dir / "targets.json").read_text(encoding="utf-8"))
@@ -145,52 +137,94 @@ def make_plan(
         # Those weights make room for their float32 copies, which are counted with the optimiser.
         weights_bytes -= min(weights_bytes, adapter["num_trainable_parameters"] * _VALUE_BYTES[dtype])
 
-    def estimate(length_tokens: int, num_visual_tokens: int) -> MemoryEstimate:
+    def estimate(length_tokens: int, num_visual_tokens: int, activations: ActivationPlan) -> MemoryEstimate:
         return estimate_memory(
             config,
+            family,
             weights_bytes=weights_bytes,
             num_trainable=adapter["num_trainable_parameters"],
             trains_vision="vision" in trained_parts,
             length_tokens=length_tokens,
             num_visual_tokens=num_visual_tokens,
             value_bytes=_VALUE_BYTES[dtype],
-            checkpointing=training.gradient_checkpointing,
+            activations=activations,
+            fused=training.fused_kernels,
             optimizer=optimizer,
             patches_per_token=family.patches_per_token(config) if family.patches_per_token else None,
         )
 
     # Activations are linear in both counts, so two numbers give the cost of any row or micro-batch.
-    text_cost, visual_cost = estimate(1, 0).activations_bytes, estimate(0, 1).activations_bytes
-    padded = np.array([lengths[batch].max() * len(batch) for _, batch in batches])
-    visual_of_batch = np.array([visual[batch].sum() for _, batch in batches])
-    costliest = int(np.argmax(text_cost * padded + visual_cost * visual_of_batch))
-    peak = estimate(int(padded[costliest]), int(visual_of_batch[costliest]))
-    worst = int(np.argmax(text_cost * lengths + visual_cost * visual))
+    def activation_costs(activations: ActivationPlan) -> tuple[int, int]:
+        text, image = (estimate(*counts, activations).activations_bytes for counts in ((1, 0), (0, 1)))
+        return text, image
+
+    text_cost, visual_cost = activation_costs(ActivationPlan(0, 0))
+    cost = text_cost * lengths + visual_cost * visual
+    worst = int(np.argmax(cost))
+    packing = training.packing and family.packing is not None
+    if packing:
+        share = max(1.0, min(_EFFICIENT_PACK_TOKENS, _step_tokens(lengths, training)) / lengths[worst])
+        largest = int(share * lengths[worst]), int(share * visual[worst])
+    else:
+        _check_packable(training, family)
+        batches, capacity = list(plan_batches(lengths, training)), None
+        sizes = np.array([lengths[batch].max() * len(batch) for _, batch in batches])
+        visual_of_batch = np.array([visual[batch].sum() for _, batch in batches])
+        costliest = int(np.argmax(text_cost * sizes + visual_cost * visual_of_batch))
+        largest = int(sizes[costliest]), int(visual_of_batch[costliest])
+    device_memory = _device_memory_bytes(device)
+    language, vision, _ = towers(config, family)
+    activations = choose_activations(
+        training.activation_memory,
+        num_vision_layers=vision.num_layers if "vision" in trained_parts else 0,
+        num_language_layers=language.num_layers,
+        expected_bytes=lambda plan: estimate(*largest, plan).expected_bytes,
+        device_memory_bytes=None if device_memory is None else device_memory - _CUDA_CONTEXT_BYTES,
+    )
+    if packing:
+        text_cost, visual_cost = activation_costs(activations)
+        cost = text_cost * lengths + visual_cost * visual
+        # The head's chunk is its largest for a row of many tokens.
+        fixed = estimate(1 << 20, 0, activations)
+        budget = math.inf
+        if device_memory is not None:
+            taken = fixed.expected_bytes - fixed.activations_bytes + _CUDA_CONTEXT_BYTES
+            budget = max(_USED_SHARE * device_memory - taken, float(cost.max()))
+        batches, capacity = _packs(rows, lengths, visual, training, PackLimits(None, cost.astype(np.float64), budget))
+        sizes = np.array([lengths[batch].sum() for _, batch in batches])
+        visual_of_batch = np.array([visual[batch].sum() for _, batch in batches])
+        costliest = int(np.argmax(text_cost * sizes + visual_cost * visual_of_batch))
+        largest = int(sizes[costliest]), int(visual_of_batch[costliest])
+    peak = estimate(*largest, activations)
     sample = {
         "id": rows[worst].id,
         "num_tokens": int(lengths[worst]),
         "num_visual_tokens": int(visual[worst]),
         "image_sizes": [list(image.shape[:-1]) for image in rows[worst].images],
     }
-    device_memory = _device_memory_bytes(device)
     if device_memory is not None:
-        _check_fits(peak, device_memory, sample, training)
+        _check_fits(peak, device_memory, sample, training, packed_rows=len(batches[costliest][1]) if packing else None)
 
     seen = np.concatenate([batch for _, batch in batches])
     summary = PlanSummary(
         num_steps=batches[-1][0] + 1,
         num_micro_batches=len(batches),
-        gradient_accumulation=training.gradient_accumulation,
+        most_micro_batches_per_step=int(np.bincount([step for step, _ in batches]).max()),
+        packing=packing,
+        max_tokens_per_pack=capacity,
+        largest_micro_batch_tokens=int(sizes.max()),
+        fullness=round(float(lengths[seen].sum()) / (len(batches) * (capacity or int(sizes.max()))), 6),
         num_train_rows=len(rows),
         num_validation_rows=len(PreparedDataset(dataset_dir, "validation")),
         num_rows_seen=len(seen),
         num_tokens_seen=int(lengths[seen].sum()),
         num_supervised_tokens_seen=int(np.asarray(rows.num_supervised_tokens)[seen].sum()),
-        padding_share=round(1 - float(lengths[seen].sum() / padded.sum()), 6),
+        padding_share=round(1 - float(lengths[seen].sum() / sizes.sum()), 6),
         device=device,
         dtype=dtype,
         optimizer=optimizer,
         worst_sample=sample,
+        activations=asdict(activations),
         memory={**asdict(peak), "expected_bytes": peak.expected_bytes, "at_least_bytes": peak.at_least_bytes},
         device_memory_bytes=device_memory,
     )
@@ -210,32 +244,42 @@ def read_plan(plan_dir: Path) -> PlanSummary:
     return PlanSummary(**json.loads((plan_dir / PLAN_FILE).read_text(encoding="utf-8")))
 
 
-def plan_batches(
-    lengths: npt.NDArray[np.int64], training: TrainingConfig
-) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """Cuts the stream of rows into steps and micro-batches.
+def _step_tokens(lengths: npt.NDArray[np.int64], training: TrainingConfig) -> float:
+    """Tokens of a step, on average."""
+    if training.tokens_per_step is not None:
+        return float(training.tokens_per_step)
+    return float(lengths.mean()) * training.batch_size * training.gradient_accumulation
 
-    Args:
-        lengths: Array of shape [rows]: tokens of each row.
-        training: Length, batch size and seed.
 
-    Yields:
-        Pairs of the step, from 0, and an array of at most `batch_size` row numbers.
-    """
-    per_step = training.batch_size * training.gradient_accumulation
-    if training.max_steps is not None:
-        total = training.max_steps * per_step
-    else:
-        total = max(1, round((training.epochs or 1) * len(lengths)))
-    num_epochs = math.ceil(total / len(lengths))
-    stream = np.concatenate(
-        [np.random.default_rng([training.seed, epoch]).permutation(len(lengths)) for epoch in range(num_epochs)]
-    )[:total]
-    for step, start in enumerate(range(0, total, per_step)):
-        rows = stream[start : start + per_step]
-        rows = rows[np.lexsort((rows, -lengths[rows]))]
-        for first in range(0, len(rows), training.batch_size):
-            yield step, rows[first : first + training.batch_size]
+def _packs(
+    rows: Any,
+    lengths: npt.NDArray[np.int64],
+    visual: npt.NDArray[np.int64],
+    training: TrainingConfig,
+    limits: PackLimits,
+) -> tuple[list[tuple[int, npt.NDArray[np.int64]]], int | None]:
+    """Packs with their steps, and the most tokens of one."""
+    tokens, longest = training.max_tokens_per_pack, int(np.argmax(lengths))
+    if tokens is not None and lengths[longest] > tokens:
+        raise ConfigError(
+            f"training.max_tokens_per_pack {tokens} is less than the {lengths[longest]} tokens of {rows[longest].id!r}; raise it,"
+            " or lower data.max_length_tokens"
+        )
+    if tokens is None and math.isinf(limits.budget):
+        tokens = training.batch_size * int(lengths[longest])
+    limits = replace(limits, tokens=tokens)
+    if training.tokens_per_step is None:
+        return list(plan_packs(lengths, visual, training, limits)), tokens
+    capacity, packs_per_step = full_pack_size(lengths, training, limits)
+    return list(plan_full_packs(lengths, training, capacity, packs_per_step)), capacity
+
+
+def _check_packable(training: TrainingConfig, family: Family) -> None:
+    for name in ("max_tokens_per_pack", "tokens_per_step"):
+        if getattr(training, name) is not None:
+            raise ConfigError(
+                f"training.{name} is {getattr(training, name)} but {family.title} cannot be packed; leave it out"
+            )
 
 
 def resolve_optimizer(training: TrainingConfig, device: str) -> str:
@@ -278,15 +322,25 @@ def _device_memory_bytes(device: str) -> int | None:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _check_fits(peak: MemoryEstimate, device_memory: int, sample: dict[str, Any], training: TrainingConfig) -> None:
+def _check_fits(
+    peak: MemoryEstimate,
+    device_memory: int,
+    sample: dict[str, Any],
+    training: TrainingConfig,
+    packed_rows: int | None,
+) -> None:
     if peak.at_least_bytes <= device_memory - _CUDA_CONTEXT_BYTES:
         return
     sizes = ", ".join(f"{' x '.join(map(str, size))} pixels" for size in sample["image_sizes"]) or "no image"
     remedies = []
-    if training.batch_size > 1:
+    if packed_rows is not None and packed_rows > 1:
+        remedies.append("lower training.max_tokens_per_pack")
+    if packed_rows is None and training.batch_size > 1:
         remedies.append("lower training.batch_size and raise training.gradient_accumulation by as much")
-    if not training.gradient_checkpointing:
-        remedies.append("turn training.gradient_checkpointing on")
+    if training.activation_memory not in ("auto", "offload"):
+        remedies.append("set training.activation_memory to 'auto' or 'offload'")
+    if not training.fused_kernels:
+        remedies.append("turn training.fused_kernels on")
     if sample["num_visual_tokens"]:
         remedies.append("lower data.max_pixels")
     remedies += ["lower data.max_length_tokens", "take a larger GPU"]

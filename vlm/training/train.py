@@ -5,10 +5,9 @@ Loads torch, transformers, trl and peft.
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from vlm.lora.peft_model import (
     save_tensors,
 )
 from vlm.training import checkpoints
+from vlm.training.activation import ActivationPlan
 from vlm.training.interrupt import StopFlag, TrainingInterrupted
 from vlm.training.plan import BATCHES_FILE, PLAN_FILE, PlanSummary, read_plan
 from vlm.training.results import TrainingSummary, write_results
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from vlm.data.prepared import PreparedDataset
     from vlm.loading.checkpoint import LoadedModel
-    from vlm.training.collator import VisionDataCollator
 
 _DESCRIPTION_FILES = (WEIGHTS_FILE, CONFIG_FILE, TARGETS_FILE)
 
@@ -166,11 +165,13 @@ def _trainer(
     import datasets
 
     from vlm.data.prepared import PreparedDataset
+    from vlm.kernels.install import fused
     from vlm.training.arguments import training_arguments
     from vlm.training.callbacks import Pace, ProgressBar, StopAtStepBoundary
     from vlm.training.collator import VisionDataCollator
     from vlm.training.rates import check_rates, rates_by_part, split_groups
-    from vlm.training.trainer import AdapterTrainer, checkpointed, forward_restored
+    from vlm.training.recompute import recomputed
+    from vlm.training.trainer import AdapterTrainer, forward_restored
 
     base = base_model(peft_model)
     trained_parts = {
@@ -179,19 +180,23 @@ def _trainer(
     check_rates(training, trained_parts)
     rates = rates_by_part(training)
     stack.enter_context(forward_restored(base))
-    stack.enter_context(
-        checkpointed(
-            base,
-            training.gradient_checkpointing,
-            lambda name: loaded.family.part_of(name) == "vision" and "vision" not in trained_parts,
-            lambda name: re.fullmatch(f"{loaded.family.vision_layer}|{loaded.family.language_layer}", name) is not None,
-        )
+    if training.fused_kernels:
+        stack.enter_context(fused(base, loaded.family))
+    stack.enter_context(recomputed(base, loaded.family, ActivationPlan(**plan.activations)))
+    collator = VisionDataCollator(
+        loaded.processing, train_on_prompts=training.train_on_prompts, model_config=base.config.to_dict()
     )
-    collator = VisionDataCollator(loaded.processing, train_on_prompts=training.train_on_prompts)
+    collate: Callable[..., dict[str, Any]] = collator
+    if plan.packing:
+        from vlm.packing.model import packed
+
+        stack.enter_context(packed(base, loaded.family))
+        collate = collator.pack
     rows = PreparedDataset(dataset_dir, "train")
     validation = PreparedDataset(dataset_dir, "validation")
     batches = datasets.Dataset.from_file(str(plan_dir / BATCHES_FILE))
-    pace = Pace(*_work_of_steps(batches, np.asarray(rows.num_tokens), plan.num_steps))
+    lengths = np.asarray(rows.num_tokens)
+    pace = Pace(*_work_of_steps(batches, lengths, plan.num_steps))
     pace.start(first_step)
     progress = ProgressBar()
     stack.callback(progress.close)
@@ -199,11 +204,12 @@ def _trainer(
     return AdapterTrainer(
         peft_model,
         training_arguments(training, plan, work_dir, report_to),
-        batches=batches,
-        collate=partial(_collate, collator, rows),
+        steps=_steps(batches, plan.num_steps),
+        collate=partial(_collate, collate, rows),
+        lengths=lengths,
         tokenizer=loaded.processing.tokenizer,
-        validation=validation_batches(np.asarray(validation.num_tokens), training.batch_size),
-        collate_validation=partial(_collate, collator, validation),
+        validation=validation_batches(np.asarray(validation.num_tokens), training.batch_size, plan),
+        collate_validation=partial(_collate, collate, validation),
         identity=identity,
         pace=pace,
         split_groups=partial(split_groups, family=loaded.family, rates=rates) if rates else None,
@@ -212,20 +218,36 @@ def _trainer(
     )
 
 
-def _collate(collator: VisionDataCollator, rows: PreparedDataset, numbers: Sequence[int]) -> dict[str, Any]:
-    return collator([rows[number] for number in numbers])
+def _collate(collate: Callable[..., dict[str, Any]], rows: PreparedDataset, numbers: Sequence[int]) -> dict[str, Any]:
+    return collate([rows[number] for number in numbers])
 
 
-def validation_batches(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Cuts the validation rows into batches of like length.
+def _steps(batches: Any, num_steps: int) -> Any:
+    """The plan's micro-batches by step, as the trainer's dataset."""
+    import datasets
+
+    steps: list[list[list[int]]] = [[] for _ in range(num_steps)]
+    for step, rows in zip(batches["step"], batches["rows"], strict=True):
+        steps[step].append(list(rows))
+    return datasets.Dataset.from_dict({"micro_batches": steps})
+
+
+def validation_batches(lengths: np.ndarray, batch_size: int, plan: PlanSummary) -> list[list[int]]:
+    """Puts the validation rows into packs no larger than the training's, or into padded batches of like length.
 
     Args:
         lengths: Array of shape [rows]: tokens of each row.
-        batch_size: Rows in a batch.
+        batch_size: Rows in a padded batch.
+        plan: Whether to pack, and the training's largest pack.
 
     Returns:
         Row numbers of each batch.
     """
+    if plan.packing:
+        from vlm.packing.bins import first_fit_decreasing
+
+        sizes, limit = lengths[:, None].astype(np.float64), np.array([float(plan.largest_micro_batch_tokens)])
+        return [sorted(items) for items in first_fit_decreasing(sizes, limit)]
     order = np.argsort(-lengths, kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 

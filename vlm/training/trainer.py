@@ -1,11 +1,13 @@
 """TRL's ``SFTTrainer``, made to follow a plan.
 
-One item of the trainer's dataset is one planned micro-batch, taken in the plan's order; so a resumed run skips exactly
-what was done. What differs from the stock trainer, and why:
+One item of the trainer's dataset is one planned step, taken in the plan's order; so a resumed run skips exactly what was
+done. What differs from the stock trainer, and why:
 
+- a step's micro-batches come together, since their number differs from step to step; where one does not fit into memory
+  after all, the step starts anew with smaller ones.
 - ``skip_prepare_dataset`` and our own batches: tokens, labels and images were settled in step 3.
-- the loss stays TRL's: summed over the step's supervised tokens and divided by their number, whatever their
-  distribution over micro-batches; logits are made in tiles and for supervised tokens only (on a GPU).
+- the loss is summed over the step's supervised tokens and divided by their number, whatever their distribution over
+  micro-batches; logits are made a few rows at a time, and for supervised tokens only (`vlm.training.loss`).
 - validation loss is weighted by tokens, not by batches.
 - checkpoints hold the adapter's tensors only, are read back by our strict loader, and count when complete.
 - a quantised base does not turn the adapter to bfloat16 (TRL's default), where small updates get lost.
@@ -17,35 +19,38 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTConfig, SFTTrainer
 
 from vlm.errors import ConfigError
-from vlm.lora.peft_model import WEIGHTS_FILE, load_tensors, save_tensors
+from vlm.lora.peft_model import WEIGHTS_FILE, base_model, load_tensors, save_tensors
 from vlm.training import checkpoints
 from vlm.training.callbacks import Pace
 from vlm.training.collator import IGNORED
+from vlm.training.loss import add_supervised_loss
+from vlm.training.shrinking import Shrinking
 
 Rows = Sequence[int]
 
 
 class AdapterTrainer(SFTTrainer):
-    """Trains the adapter of a PEFT model along planned micro-batches.
+    """Trains the adapter of a PEFT model along planned steps.
 
     Args:
         model: A PEFT model whose adapter's parameters are float32.
         args: Settings.
-        batches: `datasets.Dataset` with a column `rows`, one row per micro-batch.
-        collate: Turns row numbers of the training split into a batch.
+        steps: `datasets.Dataset` with a column `micro_batches`: for each step, the row numbers of each micro-batch.
+        collate: Turns row numbers of the training split into a micro-batch.
+        lengths: Array of shape [rows]: tokens of each row of the training split.
         tokenizer: The model's tokenizer.
         validation: Row numbers of each validation batch.
         collate_validation: As `collate`, for the validation split.
@@ -60,8 +65,9 @@ class AdapterTrainer(SFTTrainer):
         model: Any,
         args: SFTConfig,
         *,
-        batches: Any,
+        steps: Any,
         collate: Callable[[Rows], dict[str, Any]],
+        lengths: npt.NDArray[np.int64],
         tokenizer: Any,
         validation: Sequence[Rows],
         collate_validation: Callable[[Rows], dict[str, Any]],
@@ -73,27 +79,31 @@ class AdapterTrainer(SFTTrainer):
         self._validation = validation
         self._collate_validation = collate_validation
         self._identity = identity
-        self._batches = batches
+        self._steps = steps
+        self._collate = collate
+        self._shrinking = Shrinking(lengths)
         self._work_dir = Path(str(args.output_dir))
         self._peft_model = model
         self._pace = pace
         self._split_groups = split_groups
+        self._right: list[tuple[torch.Tensor, torch.Tensor]] = []
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda items: collate(items[0]["rows"]),
-            train_dataset=batches,
+            data_collator=partial(_collate_step, collate),
+            train_dataset=steps,
             # Only its presence counts; `evaluate` below does the work.
-            eval_dataset=batches.select(range(1)) if validation else None,
+            eval_dataset=steps.select(range(1)) if validation else None,
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
         for parameter, data in trained:
             parameter.data = data
         # Some models (Qwen2.5-VL) declare that they take no loss arguments, upon which the trainer would not count the
-        # step's tokens and give every micro-batch the same weight. The loss is TRL's here, not the model's.
+        # step's tokens and give every micro-batch the same weight. The loss is ours here, not the model's.
         self.model_accepts_loss_kwargs = True
+        add_supervised_loss(base_model(model))
         # Our own bar shows what these print.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -123,8 +133,64 @@ class AdapterTrainer(SFTTrainer):
         """
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy summed over the micro-batch's labelled positions, divided by the step's number of them."""
+        outputs = model(**inputs, supervised=True)
+        num_tokens = outputs.num_supervised if num_items_in_batch is None else num_items_in_batch
+        loss = outputs.total / torch.as_tensor(num_tokens).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The number is that of all processes, over which gradients are averaged.
+            loss = loss * self.accelerator.num_processes
+        # Kept on the device: reading them for every micro-batch would make the host wait for the GPU.
+        self._right.append((outputs.num_right, outputs.num_supervised))
+        return (loss, outputs) if return_outputs else loss
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return SequentialSampler(self._batches)
+        return SequentialSampler(self._steps)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        micro_batches = [micro_batch for step in batch_samples for micro_batch in step["micro_batches"]]
+        return super()._get_num_items_in_batch(micro_batches, device)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward over all micro-batches of a step.
+
+        Args:
+            model: The wrapped model.
+            inputs: `micro_batches` with the `rows` that each is made of.
+            num_items_in_batch: Supervised tokens of the step.
+
+        Returns:
+            The step's loss.
+
+        Raises:
+            ResourceError: A single row does not fit into memory.
+        """
+        rows, micro_batches = inputs["rows"], inputs["micro_batches"]
+        while True:
+            parts = self._shrinking.parts(rows)
+            if parts != rows:
+                rows, micro_batches = parts, [self._collate(part) for part in parts]
+            failed, num_counts = None, len(self._right)
+            total: Any = 0.0
+            for number, micro_batch in enumerate(micro_batches):
+                last = number == len(micro_batches) - 1
+                try:
+                    with nullcontext() if last else self.accelerator.no_sync(model):
+                        total = total + super().training_step(model, dict(micro_batch), num_items_in_batch)
+                except torch.OutOfMemoryError:
+                    # Left before anything else is done: the error holds the tensors of the failed pass.
+                    failed = number
+                    break
+            if failed is None:
+                return total
+            model.zero_grad(set_to_none=True)
+            del self._right[num_counts:]
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._shrinking.halve(rows[failed], self.state.global_step)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -145,7 +211,7 @@ class AdapterTrainer(SFTTrainer):
             total += float(mean) * num_batch
             num_tokens += num_batch
         metrics = {f"{metric_key_prefix}_loss": total / max(num_tokens, 1)}
-        self._metrics["eval"].clear()
+        self._right.clear()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         model.train(was_training)
@@ -162,6 +228,9 @@ class AdapterTrainer(SFTTrainer):
                     " training.warmup_fraction, or set training.max_grad_norm to 1"
                 )
         if "loss" in logs:
+            num_right, num_tokens = (int(sum(counts)) for counts in zip(*self._right, strict=True))
+            self._right.clear()
+            logs = {**logs, "mean_token_accuracy": num_right / max(num_tokens, 1)}
             logs = {**logs, **self._pace.report(self.state.global_step)}
         super().log(logs, start_time)
 
@@ -186,6 +255,12 @@ class AdapterTrainer(SFTTrainer):
         self._pace.leave_out(time.perf_counter() - started)
 
 
+def _collate_step(collate: Callable[[Rows], dict[str, Any]], items: Sequence[Any]) -> dict[str, Any]:
+    (step,) = items
+    rows = [list(part) for part in step["micro_batches"]]
+    return {"rows": rows, "micro_batches": [collate(part) for part in rows]}
+
+
 @contextmanager
 def forward_restored(model: Any) -> Iterator[None]:
     """Undoes, at the end of a block, what trainers patch into a model's ``forward``.
@@ -200,54 +275,3 @@ def forward_restored(model: Any) -> Iterator[None]:
         model.__dict__.pop("forward", None)
         if own is not None:
             model.forward = own
-
-
-@contextmanager
-def checkpointed(
-    model: Any,
-    enabled: bool,
-    is_frozen: Callable[[str], bool],
-    is_layer: Callable[[str], bool] = lambda name: False,
-) -> Iterator[None]:
-    """Recomputes activations in the backward pass for the length of a block.
-
-    Checkpointing is non-reentrant, which needs no input with a gradient: the usual hook on the embeddings, which would
-    drag a frozen vision tower into the graph, is left out.
-
-    Args:
-        model: The base model.
-        enabled: False changes nothing.
-        is_frozen: Tells for a module's full name that nothing in it learns; such modules are not recomputed.
-        is_layer: Tells for a module's full name that it is a layer; those that transformers forgets (the vision tower of
-            Llama 3.2 Vision) are recomputed all the same.
-    """
-    if not enabled:
-        yield
-        return
-    # transformers renamed this after 5.17, keeping the attribute of the modules.
-    renamed = hasattr(model, "activation_checkpointing_enable")
-    word = "activation" if renamed else "gradient"
-    enable, disable = (getattr(model, f"{word}_checkpointing_{verb}") for verb in ("enable", "disable"))
-    enable(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
-    # With an adapter on the model, transformers adds that hook in the same call.
-    model.disable_input_require_grads()
-    forgotten = []
-    for name, module in model.named_modules():
-        if is_frozen(name):
-            if getattr(module, "gradient_checkpointing", False):
-                module.gradient_checkpointing = False
-        elif is_layer(name) and not isinstance(module, GradientCheckpointingLayer):
-            module.forward = partial(_recomputed, module, module.forward)
-            forgotten.append(module)
-    try:
-        yield
-    finally:
-        for module in forgotten:
-            del module.forward
-        disable()
-
-
-def _recomputed(module: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if module.training and torch.is_grad_enabled():
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    return forward(*args, **kwargs)

@@ -1,65 +1,19 @@
+import dataclasses
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
 from vlm.config import LoraConfig, TrainingConfig
-from vlm.errors import DataError, ResourceError
+from vlm.errors import ConfigError, DataError, ResourceError
+from vlm.families import FAMILIES
 from vlm.lora.build import build_adapter
 from vlm.training import plan as plan_module
+from vlm.training.activation import ActivationPlan
 from vlm.training.memory import Tower, estimate_memory, towers
-from vlm.training.plan import make_plan, plan_batches, read_plan
-
-LENGTHS = np.array([5, 40, 12, 33, 7, 21, 9, 30, 16, 11])
-
-
-def rows_of(training: TrainingConfig, lengths: np.ndarray = LENGTHS) -> list[tuple[int, list[int]]]:
-    return [(step, rows.tolist()) for step, rows in plan_batches(lengths, training)]
-
-
-def test_an_epoch_sees_every_row_once() -> None:
-    batches = rows_of(TrainingConfig(batch_size=2, gradient_accumulation=2))
-    assert sorted(row for _, rows in batches for row in rows) == list(range(10))
-    assert [len(rows) for _, rows in batches] == [2, 2, 2, 2, 2]
-    assert [step for step, _ in batches] == [0, 0, 1, 1, 2]  # the last step is short
-
-
-def test_epochs_follow_each_other_without_a_gap() -> None:
-    batches = rows_of(TrainingConfig(epochs=2.5, batch_size=3, gradient_accumulation=1))
-    stream = [row for _, rows in batches for row in rows]
-    assert len(stream) == 25
-    assert set(Counter(stream).values()) == {2, 3}
-    assert [len(rows) for _, rows in batches] == [3] * 8 + [1]
-
-
-def test_max_steps_fill_every_step() -> None:
-    batches = rows_of(TrainingConfig(max_steps=7, batch_size=2, gradient_accumulation=3))
-    assert Counter(step for step, _ in batches) == dict.fromkeys(range(7), 3)
-    assert all(len(rows) == 2 for _, rows in batches)
-
-
-def test_rows_of_a_step_do_not_depend_on_its_cut_into_micro_batches() -> None:
-    cuts = [(1, 8), (2, 4), (8, 1)]
-    steps = []
-    for batch_size, accumulation in cuts:
-        rows: dict[int, list[int]] = {}
-        for step, batch in rows_of(TrainingConfig(epochs=3, batch_size=batch_size, gradient_accumulation=accumulation)):
-            rows.setdefault(step, []).extend(batch)
-        steps.append({step: sorted(batch) for step, batch in rows.items()})
-    assert steps[0] == steps[1] == steps[2]
-
-
-def test_within_a_step_rows_go_by_length() -> None:
-    for _, rows in rows_of(TrainingConfig(epochs=4, batch_size=10, gradient_accumulation=1)):
-        assert LENGTHS[rows].tolist() == sorted(LENGTHS[rows].tolist(), reverse=True)
-
-
-def test_the_seed_decides_the_order() -> None:
-    assert rows_of(TrainingConfig(seed=1)) == rows_of(TrainingConfig(seed=1))
-    assert rows_of(TrainingConfig(seed=1)) != rows_of(TrainingConfig(seed=2))
+from vlm.training.plan import PlanSummary, make_plan, read_plan
 
 
 @pytest.fixture
@@ -81,13 +35,79 @@ def test_plan_on_disk(tiny_run: Callable, adapter: Path, tmp_path: Path) -> None
     for file in ("plan.json", "batches.arrow"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
     plan = plans[0]
-    assert (plan.num_steps, plan.num_micro_batches, plan.num_rows_seen) == (3, 6, 12)
+    assert (plan.num_steps, plan.num_rows_seen) == (3, 12)
+    assert plan.packing
+    # Twice the longest row, on a CPU.
+    assert plan.max_tokens_per_pack == 2 * plan.worst_sample["num_tokens"]
+    assert 3 <= plan.num_micro_batches <= 6
+    assert plan.fullness == round(plan.num_tokens_seen / (plan.num_micro_batches * plan.max_tokens_per_pack), 6)
+    assert plan.padding_share == 0
     assert plan.optimizer == "adamw"
     # Rows 1 and 5 have two images each, and row 5 has the longer answer.
     assert plan.worst_sample["image_sizes"] == [[56, 56], [56, 140]]
     assert plan.worst_sample["num_visual_tokens"] == 14
-    assert 0 <= plan.padding_share < 1
     assert json.loads((tmp_path / "first" / "plan.json").read_text())["device_memory_bytes"] is None
+
+
+def planned(run: Any, adapter: Path, folder: Path, device: str = "cpu", **settings: Any) -> PlanSummary:
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    training = TrainingConfig(**settings)
+    return make_plan(run.dataset_dir, run.checkpoint_dir, adapter, training, folder, device=device, dtype=dtype)
+
+
+def test_padded_batches_where_packing_is_off(tiny_run: Callable, adapter: Path, tmp_path: Path) -> None:
+    plan = planned(
+        tiny_run("qwen2_5_vl"), adapter, tmp_path, packing=False, max_steps=3, batch_size=2, gradient_accumulation=2
+    )
+    assert (plan.num_micro_batches, plan.most_micro_batches_per_step) == (6, 2)
+    assert not plan.packing
+    assert plan.max_tokens_per_pack is None
+    assert 0 < plan.padding_share < 1
+
+
+def test_a_family_without_packing_gets_padded_batches(
+    tiny_run: Callable, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpackable = dataclasses.replace(FAMILIES["qwen2_5_vl"], packing=None)
+    monkeypatch.setattr(plan_module, "family_by_name", lambda name: unpackable)
+    run = tiny_run("qwen2_5_vl")
+    assert not planned(run, adapter, tmp_path / "a").packing
+    with pytest.raises(ConfigError, match=r"tokens_per_step is 500 but Qwen2\.5-VL cannot be packed"):
+        planned(run, adapter, tmp_path / "b", tokens_per_step=500)
+
+
+def test_settings_of_packs_without_packing_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_tokens_per_pack 8 has no effect without packing"):
+        TrainingConfig(packing=False, max_tokens_per_pack=8)
+    with pytest.raises(ValueError, match="tokens_per_step 8 has no effect without packing"):
+        TrainingConfig(packing=False, tokens_per_step=8)
+
+
+def test_a_row_longer_than_a_pack_is_refused_by_name(tiny_run: Callable, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_tokens_per_pack 20 is less than the \d+ tokens of 'train-5'"):
+        planned(tiny_run("qwen2_5_vl"), adapter, tmp_path, max_tokens_per_pack=20)
+
+
+def test_a_gpu_takes_what_its_memory_holds(
+    tiny_run: Callable, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run("qwen2_5_vl")
+
+    def plan_on(size_bytes: int) -> PlanSummary:
+        monkeypatch.setattr(plan_module, "_device_memory_bytes", lambda device: size_bytes)
+        settings = {"batch_size": 8, "gradient_accumulation": 1, "activation_memory": "keep"}
+        return planned(run, adapter, tmp_path / str(size_bytes), device="cuda", **settings)
+
+    large = plan_on(8_000_000_000)
+    assert large.num_micro_batches == large.num_steps == 1
+    assert large.max_tokens_per_pack is None
+    # Of a device, a tenth stays free; the driver, what is not activations, and a full chunk of the head (256 MiB of
+    # logits, and as much of copies) come before the packs. The rest is for half of the step.
+    activations = large.memory["activations_bytes"]
+    fixed = large.memory["weights_bytes"] + large.memory["adapter_bytes"] + 2 * 256 * 2**20
+    small = plan_on(int((700_000_000 + fixed + 0.5 * activations) / 0.9))
+    assert small.num_micro_batches in (2, 3)
+    assert small.memory["activations_bytes"] <= 0.5 * activations
 
 
 def test_weights_trained_whole_are_counted_once(tiny_run: Callable, adapter: Path, tmp_path: Path) -> None:
@@ -117,7 +137,7 @@ def test_what_cannot_fit_is_refused_by_name(
     run = tiny_run("qwen2_5_vl")
     monkeypatch.setattr(plan_module, "_device_memory_bytes", lambda device: 600_000_000)
     with pytest.raises(
-        ResourceError, match=r"costliest sample is 'train-\d'.*56 x 140 pixels.*\(1\) lower training.batch_size"
+        ResourceError, match=r"costliest sample is 'train-\d'.*56 x 140 pixels.*\(1\) lower data\.max_pixels"
     ):
         make_plan(
             run.dataset_dir,
@@ -141,23 +161,37 @@ def test_a_dataset_without_training_rows_is_refused(tiny_run: Callable, adapter:
 
 
 QWEN2_5_VL_7B = {
-    "text_config": {"num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064},
+    "text_config": {
+        "num_hidden_layers": 28,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
     "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "spatial_merge_size": 2},
 }
 
 
-@pytest.mark.parametrize(("checkpointing", "measured_gib"), [(True, 13.5), (False, 112)])
-def test_estimate_against_a_measurement(checkpointing: bool, measured_gib: float) -> None:
-    # One row of 12,288 tokens, no images, on an H200; the NF4 weights with 16-bit embeddings take about 5.6 GB.
+QWEN = FAMILIES["qwen2_5_vl"]
+
+
+@pytest.mark.parametrize(
+    ("activations", "measured_gib"), [(ActivationPlan(None, None), 13.5), (ActivationPlan(0, 0), 112)]
+)
+def test_estimate_against_a_measurement(activations: ActivationPlan, measured_gib: float) -> None:
+    # One row of 12,288 tokens, no images, on an H200, nothing fused; NF4 weights and 16-bit embeddings take about 5.6 GB.
     estimate = estimate_memory(
         QWEN2_5_VL_7B,
+        QWEN,
         weights_bytes=5_600_000_000,
         num_trainable=40_000_000,
         trains_vision=True,
         length_tokens=12_288,
         num_visual_tokens=0,
         value_bytes=2,
-        checkpointing=checkpointing,
+        activations=activations,
+        fused=False,
         optimizer="adamw_8bit",
     )
     assert estimate.expected_bytes / 2**30 == pytest.approx(measured_gib, rel=0.15)
@@ -165,21 +199,25 @@ def test_estimate_against_a_measurement(checkpointing: bool, measured_gib: float
 
 
 def test_widths_of_both_vision_configurations() -> None:
-    language, vision, patches = towers(QWEN2_5_VL_7B)
-    assert (language, vision, patches) == (Tower(28, 3584, 18944), Tower(32, 1280, 3420), 4)
+    language, vision, patches = towers(QWEN2_5_VL_7B, QWEN)
+    assert language == Tower(28, 3584, 18944, 512, gated=True, joint=False)
+    assert vision == Tower(32, 1280, 3420, 1280, gated=True, joint=True)
+    assert patches == 4
     qwen2_vl = {
         "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "mlp_ratio": 4, "spatial_merge_size": 2}
     }
-    assert towers(QWEN2_5_VL_7B | qwen2_vl)[1] == Tower(32, 1280, 5120)
+    vision = towers(QWEN2_5_VL_7B | qwen2_vl, FAMILIES["qwen2_vl"])[1]
+    assert vision == Tower(32, 1280, 5120, 1280, gated=False, joint=True)
 
 
 def test_widths_of_towers_with_a_second_encoder_or_a_merging_projector() -> None:
     text = {"num_hidden_layers": 40, "hidden_size": 4096, "intermediate_size": 14336}
     vision = {"num_hidden_layers": 32, "num_global_layers": 8, "hidden_size": 1280, "intermediate_size": 5120}
-    assert towers({"text_config": text, "vision_config": vision})[1:] == (Tower(40, 1280, 5120), 1)
+    found = towers({"text_config": text, "vision_config": vision}, FAMILIES["mllama"])[1:]
+    assert found == (Tower(40, 1280, 5120, 1280, gated=False), 1)
     vision = {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096}
     mistral3 = {"text_config": text, "vision_config": vision, "spatial_merge_size": 2}
-    assert towers(mistral3)[1:] == (Tower(24, 1024, 4096), 4)
+    assert towers(mistral3, FAMILIES["mistral3"])[1:] == (Tower(24, 1024, 4096, 1024), 4)
 
 
 def test_an_image_behind_one_token_costs_what_its_tiles_cost(tiny_run: Callable, tmp_path: Path) -> None:
@@ -197,13 +235,21 @@ def test_an_image_behind_one_token_costs_what_its_tiles_cost(tiny_run: Callable,
 
 
 def test_a_frozen_tower_costs_one_layer_and_no_graph() -> None:
-    tower = Tower(10, 64, 128)
-    frozen = tower.activation_bytes(100, 2, checkpointing=False, trained=False)
-    assert tower.activation_bytes(100, 2, checkpointing=False, trained=True) == 10 * frozen
+    tower = Tower(10, 64, 128, 64)
+    frozen = tower.activation_bytes(100, 2, num_recomputed=0, trained=False)
+    assert tower.activation_bytes(100, 2, num_recomputed=0) - frozen > 9 * 100 * 2 * tower.kept_values(fused=True)
 
 
 def test_the_first_of_two_encoders_sees_every_patch() -> None:
     """DeepSeek-OCR: 64 x 64 patches of a page become 16 x 16 tokens."""
     sam = {"num_hidden_layers": 12, "hidden_size": 768, "mlp_dim": 3072, "downsample_channels": [512, 1024]}
     vision = {"sam_config": sam, "encoder_config": {"num_hidden_layers": 24, "hidden_size": 1024}}
-    assert towers(QWEN2_5_VL_7B | {"vision_config": vision})[1:] == (Tower(12, 768, 3072), 16)
+    found = towers(QWEN2_5_VL_7B | {"vision_config": vision}, FAMILIES["deepseek_ocr"])[1:]
+    assert found == (Tower(12, 768, 3072, 768, gated=False, joint=True), 16)
+
+
+def test_offloading_on_a_cpu_is_refused(tiny_run: Callable, adapter: Path, tmp_path: Path) -> None:
+    run = tiny_run("qwen2_5_vl")
+    training = TrainingConfig(activation_memory="offload")
+    with pytest.raises(ConfigError, match="'offload' needs a GPU"):
+        make_plan(run.dataset_dir, run.checkpoint_dir, adapter, training, tmp_path / "p", device="cpu", dtype="float32")

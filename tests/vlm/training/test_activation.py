@@ -1,0 +1,201 @@
+"""The choice of what is recomputed, the estimate of what layers keep against a count, and recomputation itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.tiny_models import TINY
+from tests.support.tiny_runs import batch_of
+from vlm.config import LoraConfig, TrainingConfig
+from vlm.families import FAMILIES
+from vlm.kernels.install import fused
+from vlm.lora.attach import attached
+from vlm.lora.build import build_adapter
+from vlm.lora.peft_model import adapter_parameters, base_model
+from vlm.training.activation import ActivationPlan, choose_activations
+from vlm.training.memory import Tower, towers
+from vlm.training.recompute import recomputed
+
+
+def choose(mode: Any, memory: int | None, *, num_vision_layers: int = 4) -> ActivationPlan:
+    """With ten tokens of vision and of language, one byte a value."""
+    vision, language = Tower(4, 8, 16, 8), Tower(6, 16, 64, 16)
+
+    def expected(plan: ActivationPlan) -> int:
+        parts = ((vision, plan.recomputed_vision), (language, plan.recomputed_language))
+        return int(sum(t.activation_bytes(10, 1, num_recomputed=n, offload=plan.offload) for t, n in parts))
+
+    seen[:] = [
+        expected(ActivationPlan(0, 0)),
+        expected(ActivationPlan(None, None)),
+        expected(ActivationPlan(None, None, True)),
+    ]
+    plan = choose_activations(
+        mode,
+        num_vision_layers=num_vision_layers,
+        num_language_layers=6,
+        expected_bytes=expected,
+        device_memory_bytes=memory,
+    )
+    seen.append(expected(plan))
+    return plan
+
+
+seen: list[int] = []
+
+
+def test_modes_and_frozen_towers() -> None:
+    assert choose("keep", 1) == ActivationPlan(0, 0)
+    assert choose("recompute", 10**9) == ActivationPlan(None, None)
+    assert choose("recompute", 10**9, num_vision_layers=0) == ActivationPlan(0, None)
+    assert choose("offload", 10**9) == ActivationPlan(None, None, offload=True)
+    assert choose("auto", None) == ActivationPlan(None, None)
+
+
+def test_auto_recomputes_as_little_as_fits() -> None:
+    choose("keep", 1)
+    keep, recompute, offload = seen[:3]
+    assert keep > recompute > offload
+    assert choose("auto", 2 * keep) == ActivationPlan(0, 0)
+    assert choose("auto", 1) == ActivationPlan(None, None, offload=True)
+    plans = []
+    for memory in range(int(offload / 0.9) + 1, int(keep / 0.9) + 2, 20):
+        plans.append(choose("auto", memory))
+        assert seen[3] <= 0.9 * memory
+    amounts = [
+        (4 if plan.recomputed_vision is None else plan.recomputed_vision)
+        + (6 if plan.recomputed_language is None else plan.recomputed_language)
+        for plan in plans
+    ]
+    assert amounts == sorted(amounts, reverse=True)
+    # The vision tower goes first, and there is a middle way.
+    assert any(plan.recomputed_vision is None and plan.recomputed_language in range(1, 6) for plan in plans)
+    assert all(plan.recomputed_vision is None for plan in plans if plan.recomputed_language != 0)
+
+
+def test_the_older_name() -> None:
+    assert TrainingConfig(gradient_checkpointing=True).activation_memory == "recompute"
+    assert TrainingConfig(gradient_checkpointing=False).activation_memory == "keep"
+    with pytest.raises(ValueError, match="older name"):
+        TrainingConfig(gradient_checkpointing=True, activation_memory="keep")
+    with pytest.raises(ValueError, match="'recompute' for true"):
+        TrainingConfig(gradient_checkpointing="yes")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+def test_estimate_of_what_layers_keep_against_a_count(tiny_run: Callable, tmp_path: Path, model_type: str) -> None:
+    run = tiny_run(model_type)
+    family = run.loaded.family
+    build_adapter(run.loaded, LoraConfig(rank=1), tmp_path)
+    batch = batch_of(run.loaded, run.dataset_dir, "train", [0])
+    del batch["attention_mask"]  # one row: without a mask of [tokens, tokens], as on a GPU
+    counted: dict[str, float] = {}
+    with attached(run.loaded, tmp_path, trainable=True) as model, fused(base_model(model), family):
+        base = base_model(model.train())
+        known = {parameter.untyped_storage().data_ptr() for parameter in base.parameters()}
+        alive = []
+
+        def count(name: str, forward: Callable[..., Any], hidden: torch.Tensor, **kwargs: Any) -> Any:
+            num_bytes = 0
+
+            def pack(tensor: torch.Tensor) -> torch.Tensor:
+                nonlocal num_bytes
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in known:
+                    known.add(storage.data_ptr())
+                    alive.append(storage)  # so that its address is not given to another
+                    num_bytes += storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                output = forward(hidden, **kwargs)
+            counted[name] = num_bytes / (hidden.numel() / hidden.shape[-1]) / hidden.element_size()
+            return output
+
+        layers = [
+            (name, module)
+            for name, module in base.named_modules()
+            if re.fullmatch(f"{family.language_layer}|{family.vision_layer}", name)
+        ]
+        for name, module in layers:
+            module.forward = lambda *args, name=name, stock=module.forward, **kwargs: count(
+                name, stock, *args, **kwargs
+            )
+        try:
+            model(**batch, use_cache=False)
+        finally:
+            for _, module in layers:
+                del module.forward
+    config = json.loads((run.checkpoint_dir / "model" / "config.json").read_text())
+    language, vision, _ = towers(config, family)
+    # The first layer of each tower also counts what all share, such as positions.
+    assert counted["model.language_model.layers.1"] == pytest.approx(language.kept_values(fused=True), rel=0.1)
+    assert counted["model.visual.blocks.1"] == pytest.approx(vision.kept_values(fused=True), rel=0.1)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_recomputed_and_offloaded_gradients_are_the_kept_ones(
+    tiny_run: Callable, tmp_path: Path, model_type: str
+) -> None:
+    run = tiny_run(model_type)
+    build_adapter(run.loaded, TINY[model_type].without_experts(LoraConfig(rank=2, dropout=0.1)), tmp_path)
+    batch = batch_of(run.loaded, run.dataset_dir, "train", [0, 1])
+    plans = {
+        "keep": ActivationPlan(0, 0),
+        "some": ActivationPlan(1, 1),
+        "all": ActivationPlan(None, None),
+        "offload": ActivationPlan(None, None, offload=True),
+    }
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    with attached(run.loaded, tmp_path, trainable=True) as model:
+        model.train()
+        own = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+        for key, parameter in adapter_parameters(model).items():
+            if "lora_B" in key:
+                parameter.data.fill_(0.01)
+        for name, plan in plans.items():
+            torch.manual_seed(0)  # of dropout, which is drawn again alike
+            model.zero_grad()
+            with recomputed(base_model(model), run.loaded.family, plan, min_offloaded=1):
+                model(**batch, use_cache=False).loss.backward()
+            found[name] = {key: parameter.grad.clone() for key, parameter in adapter_parameters(model).items()}
+        assert own == {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+        model.eval()
+    for name in plans:
+        for key, gradient in found["keep"].items():
+            # The very same operations on the very same numbers.
+            assert torch.equal(found[name][key], gradient), (name, key)
+
+
+def test_offloading_leaves_no_input_behind(tiny_run: Callable, tmp_path: Path) -> None:
+    """What is kept between the passes is the host's copies; the layers' inputs themselves are gone."""
+    import gc
+    import weakref
+
+    run = tiny_run("qwen2_5_vl")
+    build_adapter(run.loaded, LoraConfig(rank=2), tmp_path)
+    batch = batch_of(run.loaded, run.dataset_dir, "train", [0])
+    inputs: list[weakref.ref[torch.Tensor]] = []
+    alive = {}
+    with attached(run.loaded, tmp_path, trainable=True) as model:
+        base = base_model(model.train())
+        layer = base.model.language_model.layers[1]
+        hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+        for offload in (False, True):
+            inputs.clear()
+            with recomputed(base, run.loaded.family, ActivationPlan(None, None, offload), min_offloaded=1):
+                loss = model(**batch, use_cache=False).loss
+            gc.collect()
+            alive[offload] = len(inputs) == 1 and inputs[0]() is not None
+            loss.backward()
+        hook.remove()
+        model.eval()
+    # Autograd keeps the tensor itself where nothing is offloaded.
+    assert not alive[True]

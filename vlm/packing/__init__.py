@@ -1,0 +1,1 @@
+"""Several conversations in one row without padding, none of which sees another. Import the submodules."""

@@ -1,0 +1,73 @@
+"""Which layers keep their activations for the backward pass, and which make them again.
+
+Recomputing a layer costs its forward pass once more; for an adapter over a frozen model, whose backward pass has no
+gradients of weights, that is half as much again. So as few layers as possible are recomputed. Those at a tower's start
+are, because the layers after them have been freed by the time that they run again. Towers go in turn: a layer of the
+vision tower, being narrower, gives back more bytes per operation. What is left of a recomputed layer, its input, can wait
+in the host's memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+ActivationMode = Literal["auto", "keep", "recompute", "offload"]
+# Of the device's memory: the allocator cannot use all of it, and estimates err.
+_USABLE_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """What happens to activations in a training step."""
+
+    recomputed_vision: int | None
+    """Layers at the start of the vision tower that are recomputed; None for all of them."""
+    recomputed_language: int | None
+    """Layers at the start of the language model that are recomputed; None for all of them."""
+    offload: bool = False
+    """Whether inputs of recomputed layers wait in the host's memory."""
+
+
+def choose_activations(
+    mode: ActivationMode,
+    *,
+    num_vision_layers: int,
+    num_language_layers: int,
+    expected_bytes: Callable[[ActivationPlan], int],
+    device_memory_bytes: int | None,
+) -> ActivationPlan:
+    """Settles the plan of a training.
+
+    Args:
+        mode: As configured.
+        num_vision_layers: Trained layers of the vision tower; 0 for a frozen one, which keeps nothing.
+        num_language_layers: Layers of the language model.
+        expected_bytes: Memory of the costliest step under a plan.
+        device_memory_bytes: What there is; None on a CPU, where ``auto`` recomputes everything.
+
+    Returns:
+        For ``auto``, the fewest recomputed layers with which the step fits; everything recomputed and offloaded where
+        nothing fits.
+    """
+    if mode == "keep":
+        return ActivationPlan(0, 0)
+    all_vision = None if num_vision_layers else 0
+    everything = ActivationPlan(all_vision, None)
+    offloaded = ActivationPlan(all_vision, None, offload=True)
+    if mode == "offload":
+        return offloaded
+    if mode == "recompute" or device_memory_bytes is None:
+        return everything
+    budget = int(_USABLE_SHARE * device_memory_bytes)
+    candidates = [ActivationPlan(number, 0) for number in range(num_vision_layers)]
+    candidates += [ActivationPlan(all_vision, number) for number in range(num_language_layers)]
+    candidates += [everything, offloaded]
+    # A single recomputed layer saves nothing, since it is whole again while it runs backward: memory falls from there on.
+    for part in (candidates[:1], candidates[1:]):
+        found = bisect.bisect_left(part, True, key=lambda plan: expected_bytes(plan) <= budget)
+        if found < len(part):
+            return part[found]
+    return offloaded
