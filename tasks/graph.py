@@ -160,7 +160,8 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
         Unit(
             "prepare_dataset",
             ("dataset",),
-            ("vlm.data.prepare",),
+            # It is handed its processor, so its own imports do not lead there.
+            ("vlm.data.prepare", "vlm.processing.processing"),
             _data_settings,
             # The tokenizer and the image processor decide lengths and sizes; the weights do not.
             {"processor": Input("load_model", "checkpoint", "processor")},
@@ -176,7 +177,7 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
         Unit(
             "train",
             ("adapter", "training"),
-            ("vlm.training.train",),
+            ("vlm.training.train", "vlm.processing.processing"),
             _training_settings,
             {"checkpoint": CHECKPOINT, "adapter": INITIAL_ADAPTER, "dataset": DATASET, "plan": PLAN},
         ),

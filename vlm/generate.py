@@ -146,7 +146,7 @@ def prompt_of(row: PreparedRow) -> tuple[list[dict[str, Any]], int]:
         row: A prepared row.
 
     Returns:
-        Its messages, and how many of the row's images are in them.
+        Its messages, and how many of the row's images and videos are in them.
 
     Raises:
         DataError: There is no assistant turn.
@@ -155,7 +155,7 @@ def prompt_of(row: PreparedRow) -> tuple[list[dict[str, Any]], int]:
     if last is None:
         raise DataError(f"row {row.id!r} has no assistant turn, so there is no answer to compare with; drop the row")
     messages = row.messages[:last]
-    return messages, sum(part["type"] == "image" for message in messages for part in _parts(message))
+    return messages, sum(part["type"] in ("image", "video") for message in messages for part in _parts(message))
 
 
 def _answer(model: Any, processing: Processing, rows: Sequence[PreparedRow], max_new_tokens: int) -> list[Answer]:
@@ -163,7 +163,7 @@ def _answer(model: Any, processing: Processing, rows: Sequence[PreparedRow], max
     for row in rows:
         messages, num_images = prompt_of(row)
         images.append(list(row.images[:num_images]))
-        sizes = [(image.shape[0], image.shape[1]) for image in images[-1]]
+        sizes = [image.shape[:-1] for image in images[-1]]
         prompts.append(processing.encode(messages, sizes, add_generation_prompt=True).input_ids)
     length = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(rows), length), processing.pad_token_id, dtype=torch.long)

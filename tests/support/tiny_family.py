@@ -24,8 +24,11 @@ class TinyFamily:
         end_of_turn: The token behind an answer.
         pad_token: The token for padding.
         image_tokens: All tokens that stand for images.
-        language_attention: Full names of these layers, and so on.
+        language_attention: Full names of these projections, and so on.
+        language_layers: Full names of the decoder layers, first to last.
+        vision_layers: Full names of the vision encoders' layers, first to last.
         language_experts: Full names of the 3-D parameters of routed experts.
+        idle_parameters: Full names of parameters that the tests' small images do not reach.
         marks_answers: Whether `answer_start` can only stand before an answer; else it is what the tests' own question
             ends with, and nothing stands between the two.
     """
@@ -43,7 +46,10 @@ class TinyFamily:
     vision_attention: tuple[str, ...]
     vision_mlp: tuple[str, ...]
     projector: tuple[str, ...]
+    language_layers: tuple[str, ...]
+    vision_layers: tuple[str, ...]
     language_experts: tuple[str, ...] = ()
+    idle_parameters: tuple[str, ...] = ()
     marks_answers: bool = True
 
     @property

@@ -11,9 +11,8 @@ import numpy as np
 
 from tests.support.tiny_deepseek_ocr import DEEPSEEK_OCR, DEEPSEEK_OCR2
 from tests.support.tiny_family import TinyFamily, names
-from tests.support.tiny_mistral3 import MISTRAL3
+from tests.support.tiny_mistral import MISTRAL3, PIXTRAL
 from tests.support.tiny_mllama import MLLAMA
-from tests.support.tiny_pixtral import PIXTRAL
 from vlm.builtin.model import fill_with_noise, language_config, media_config, token_config, write_checkpoint
 from vlm.families import FAMILIES
 
@@ -113,6 +112,8 @@ def _qwen(build: Callable[[bool], Any], processor_class: str, vision_mlp: tuple[
         vision_attention=names("model.visual.blocks.{}.attn.", 2, ("qkv", "proj")),
         vision_mlp=names("model.visual.blocks.{}.mlp.", 2, vision_mlp),
         projector=("model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
+        language_layers=("model.language_model.layers.0", "model.language_model.layers.1"),
+        vision_layers=("model.visual.blocks.0", "model.visual.blocks.1"),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from artifacts.code_digest import code_closure
 from tasks.graph import STEPS, Resolved, units_for
 from vlm.config import RunConfig
 
@@ -29,6 +30,10 @@ OTHER_VALUES: dict[str, Any] = {
     "model.quantization": "none",
     "model.keep_unquantized": ["vision"],
     "data.on_too_long": "shrink_images",
+    "data.boxes.source": "normalized_1",
+    "data.boxes.target": "normalized_1000",
+    "data.boxes.layout": "xywh",
+    "data.boxes.on_outside": "clip",
     "training.schedule": "cosine",
     "training.optimizer": "adamw",
     "training.max_steps": 7,
@@ -69,7 +74,7 @@ def changed(name: str, value: Any) -> RunConfig:
         other = 40 if any(word in name for word in ("pixels", "tokens", "rows", "steps")) else "something"
     else:
         other = f"{value} and more"
-    tree: dict[str, Any] = RunConfig(model={"quantization": "nf4"}).model_dump(mode="json")
+    tree: dict[str, Any] = RunConfig.model_validate(BASE).model_dump(mode="json")
     *sections, leaf = name.split(".")
     node = tree
     for section in sections:
@@ -83,7 +88,9 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     return {unit.name: unit.settings(resolved) for unit in units_for(config) if "report" not in unit.name}
 
 
-CONFIG = RunConfig(model={"quantization": "nf4"}, export={"types": ["lora", "merged_16bit"]})
+# Settings that others depend on.
+BASE: dict[str, Any] = {"model": {"quantization": "nf4"}, "data": {"boxes": {"source": "absolute"}}}
+CONFIG = RunConfig.model_validate(BASE | {"export": {"types": ["lora", "merged_16bit"]}})
 TRACKED = [name for name, _ in leaves(RunConfig()) if name.split(".")[0] not in ("runtime", "tracking")]
 
 
@@ -163,3 +170,12 @@ def test_code_of_every_unit_exists() -> None:
         for module in unit.code:
             path = PROJECT / module.replace(".", "/")
             assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), module
+
+
+@pytest.mark.parametrize(
+    "name", ["load_model", "prepare_dataset", "train", "inference_mode.base", "inference_mode.tuned"]
+)
+def test_what_goes_through_a_processor_has_its_code_in_the_key(name: str) -> None:
+    (unit,) = [unit for unit in units_for(RunConfig()) if unit.name == name]
+    closure = code_closure(unit.code, cache_dir=None)
+    assert {"vlm.processing.encoding", "vlm.processing.template", "vlm.families.qwen_media"} <= set(closure)

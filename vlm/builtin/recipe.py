@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-VERSION = 1
+VERSION = 2
 SEED = 0
 RECIPE = f"built-in model, recipe {VERSION}, seed {SEED}"

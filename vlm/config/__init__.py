@@ -1,6 +1,6 @@
 """One configuration tree; every default is written here, once."""
 
-from vlm.config.data import BUILTIN_DATASET, ColumnMapping, DataConfig, SourceConfig, SplitConfig
+from vlm.config.data import BUILTIN_DATASET, BoxConfig, ColumnMapping, DataConfig, SourceConfig, SplitConfig
 from vlm.config.evaluation import EvaluationConfig, ExportConfig, GenerationConfig
 from vlm.config.model import BUILTIN_MODEL, LoraConfig, ModelConfig
 from vlm.config.run import RunConfig, RuntimeConfig, TrackingConfig
@@ -9,6 +9,7 @@ from vlm.config.training import TrainingConfig
 __all__ = [
     "BUILTIN_DATASET",
     "BUILTIN_MODEL",
+    "BoxConfig",
     "ColumnMapping",
     "DataConfig",
     "EvaluationConfig",

@@ -12,6 +12,9 @@ BUILTIN_DATASET = "builtin"
 
 SourceFormat = Literal["auto", "builtin", "parquet", "arrow", "jsonl", "csv", "imagefolder", "saved", "hub"]
 Split = Literal["train", "validation", "test"]
+BoxConvention = Literal["absolute", "normalized_1", "normalized_999", "normalized_1000"]
+BoxTarget = Literal["auto", "absolute", "normalized_1", "normalized_999", "normalized_1000"]
+BoxSource = Literal["none", "absolute", "normalized_1", "normalized_999", "normalized_1000"]
 
 
 class SourceConfig(Section):
@@ -80,6 +83,47 @@ class SplitConfig(Section):
         return self
 
 
+class BoxConfig(Section):
+    """Boxes and points written in prompts and answers, which have to follow their image when it is resized."""
+
+    source: BoxSource = Field(
+        "none",
+        description="How the rows give coordinates: in pixels of the original, upright image ('absolute'), or from 0 to 1, to 999"
+        " or to 1000 of its sides. 'none' leaves all texts as they are.",
+    )
+    target: BoxTarget = Field(
+        "auto",
+        description="How the model is to give them: 'auto' is what its family is used to; 'absolute' is in pixels of the image"
+        " as the model sees it.",
+    )
+    layout: Literal["xyxy", "xywh"] = Field(
+        "xyxy", description="What four numbers under a key are: two corners, or a corner with width and height (COCO)."
+    )
+    keys: tuple[str, ...] = Field(
+        ("bbox", "bbox_2d", "box", "box_2d", "bounding_box", "point", "point_2d"),
+        description="Keys of JSON in a text whose lists of numbers are coordinates, besides the models' own marks.",
+    )
+    on_outside: Literal["drop", "clip"] = Field(
+        "drop",
+        description="What happens to a row with a box that partly leaves its image: dropped, or the box clipped. Both are in"
+        " the ledger.",
+    )
+
+    @model_validator(mode="after")
+    def _nothing_without_a_source(self) -> BoxConfig:
+        if self.source == "none":
+            idle = [
+                name
+                for name, field in type(self).model_fields.items()
+                if name != "source" and getattr(self, name) != field.default
+            ]
+            if idle:
+                raise ValueError(
+                    f"data.boxes.{idle[0]} has no effect while data.boxes.source is 'none'; say how the rows give coordinates"
+                )
+        return self
+
+
 class DataConfig(Section):
     """The dataset: sources, columns, splits, and limits on images and lengths."""
 
@@ -94,11 +138,19 @@ class DataConfig(Section):
         None, description="System prompt of rows without their own; None leaves it to the model's chat template."
     )
     split: SplitConfig = Field(SplitConfig(), description="How rows without a split of their own are divided.")
+    boxes: BoxConfig = Field(BoxConfig(), description="Coordinates in prompts and answers.")
     min_pixels: int | None = Field(
         None, ge=1, description="Smaller images are enlarged to this many pixels; None takes the model's own limit."
     )
     max_pixels: int | None = Field(
         None, ge=1, description="Larger images are shrunk to this many pixels; None takes the model's own limit."
+    )
+    max_video_frames: int = Field(
+        16, ge=1, le=768, description="Most frames of a video; of longer ones, evenly spaced frames from first to last."
+    )
+    max_video_pixels: int = Field(602_112, ge=1, description="Larger frames of videos are shrunk to this many pixels.")
+    video_as_images: bool = Field(
+        False, description="Give a video's frames as images, one after the other, also to models that take no videos."
     )
     max_length_tokens: int | None = Field(
         None, ge=16, description="Longest conversation, image tokens included; None takes the model's context length."

@@ -32,7 +32,7 @@ MAX_ASPECT_RATIO = 200
 _JPEG_TURNED_BY = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
 
 # What Pillow's decoders raise on damaged data, depending on the format and on where the damage lies.
-_DAMAGED = (
+DAMAGED = (
     OSError,
     SyntaxError,
     ValueError,
@@ -77,6 +77,26 @@ class ImageFolder:
             raise RowError(
                 "image_suffix", f"image path {path!r} does not end like an image (.png, .jpg, .webp, …)", path=path
             )
+        return self._inside(path)
+
+    def list_folder(self, path: str) -> list[str]:
+        """Paths of the files in a folder, each as `locate` takes it.
+
+        Raises:
+            RowError: If the folder leaves this one or is not there.
+        """
+        try:
+            entries = self.fs.ls(self._inside(path), detail=True) if self.fs is not None else []
+        except (OSError, ValueError, KeyError) as error:
+            raise RowError(
+                "video_not_found",
+                f"video {path!r} is neither a folder in the source's folder nor an animated file",
+                path=path,
+            ) from error
+        names = [str(entry["name"]).rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file"]
+        return [posixpath.join(path, name) for name in names]
+
+    def _inside(self, path: str) -> str:
         joined = posixpath.normpath(posixpath.join(self.base, path.removeprefix("file://")))
         root = posixpath.normpath(self.root) if self.root else ""
         inside = (
@@ -200,7 +220,7 @@ def open_image(data: bytes | Image.Image, max_source_pixels: int) -> Image.Image
                 f"not an image of a known format ({allowed}); it starts with {data[:8]!r}",
                 size_bytes=len(data),
             ) from error
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise RowError("image_damaged", f"the image's header is damaged: {error}", size_bytes=len(data)) from error
     width, height = image.size
     if width < 1 or height < 1:
@@ -227,7 +247,7 @@ def upright_image(image: Image.Image) -> Image.Image:
         if image.format != "JPEG" or not _JPEG_TURNED_BY.isdisjoint(image.info):
             ImageOps.exif_transpose(image, in_place=True)  # in place: the other way copies upright images as well
         return _opaque(image)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         reason = "image_truncated" if "truncated" in str(error) or "EOF" in str(error) else "image_damaged"
         raise RowError(
             reason, f"the image cannot be decoded: {error}", width=image.width, height=image.height

@@ -1,8 +1,10 @@
 """Checks ready conversations (OpenAI style) and brings them to one form.
 
 In: a list, or its JSON text, of ``{"role", "content"}``; the content is text or a list of parts ``{"type": "text", "text"}``,
-``{"type": "image"[, "image": reference]}`` and ``{"type": "image_url", "image_url": {"url"} or address}``.
-Out: every content is a list of text and ``{"type": "image"}`` parts, and the image references stand apart, in order.
+``{"type": "image"[, "image": reference]}``, ``{"type": "image_url", "image_url": {"url"} or address}`` and
+``{"type": "video", "video": frames, folder or animated file[, "fps": rate]}``.
+Out: every content is a list of text, ``{"type": "image"}`` and ``{"type": "video"}`` parts, and the references stand apart,
+in order.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 from vlm.data.images import is_missing
 from vlm.data.rows import RowError
+from vlm.data.video import video_reference
 
 _ROLES = ("system", "user", "assistant")
 
@@ -24,7 +27,7 @@ def parse_conversation(value: Any, row_images: list[Any]) -> tuple[list[dict[str
         row_images: Images of the row's own image columns; image parts without a reference take them in order.
 
     Returns:
-        The turns and the image references in the order of their parts.
+        The turns and the references in the order of their parts: a `VideoReference` for a video, else an image's.
 
     Raises:
         RowError: If the conversation breaks a rule.
@@ -51,9 +54,11 @@ def parse_conversation(value: Any, row_images: list[Any]) -> tuple[list[dict[str
                 continue
             if role != "user":
                 raise RowError(
-                    "bad_part_type", f"message {number} ({role}) holds an image; only the user's may", role=role
+                    "bad_part_type",
+                    f"message {number} ({role}) holds an image or a video; only the user's may",
+                    role=role,
                 )
-            parts.append({"type": "image"})
+            parts.append({"type": part["type"]})
             if part["reference"] is None:
                 num_bare_parts += 1
                 images.append(waiting.pop(0) if waiting else None)
@@ -89,7 +94,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def content_parts(content: Any, number: int) -> list[dict[str, Any]]:
-    """One turn's content as parts ``{"type": "text", "text"}`` and ``{"type": "image", "reference"}``.
+    """One turn's content as parts ``{"type": "text", "text"}``, ``{"type": "image", "reference"}`` and the same for videos.
 
     Args:
         content: Text, or a list of parts.
@@ -128,10 +133,20 @@ def content_parts(content: Any, number: int) -> list[dict[str, Any]]:
                     "bad_part_type", f"message {number} has an image_url part without a url", message_number=number
                 )
             parts.append({"type": "image", "reference": url})
+        elif kind == "video":
+            reference = video_reference(part)
+            if reference is None:
+                raise RowError(
+                    "bad_part_type",
+                    f"message {number} has a video part without a list of frames, a folder or an animated file under 'video',"
+                    " or with an 'fps' that is no positive number",
+                    message_number=number,
+                )
+            parts.append({"type": "video", "reference": reference})
         else:
             raise RowError(
                 "bad_part_type",
-                f"message {number} has a part of type {kind!r}; known: text, image, image_url",
+                f"message {number} has a part of type {kind!r}; known: text, image, image_url, video",
                 type=str(kind),
             )
     return parts

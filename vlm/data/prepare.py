@@ -254,8 +254,8 @@ class _Sink:
                 row_id=own_name,
                 details={},
             )
-        for action_reason, message, details in outcome.notes:
-            write("shrunk", action_reason, message, row_id=name, details=details)
+        for note in outcome.notes:
+            write(note.action, note.reason, note.message, row_id=name, details=note.details)
         split = stream.split or split_of(sample.group if sample.group is not None else name, self._data.split)
         if sample.group is not None:
             others = self._leaks.other_splits(sample.group, split)

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from vlm.data.storage import shard_name
 from vlm.errors import DataError
+from vlm.families.video import Video
 
 _OPEN_BATCHES = 32
 
@@ -25,8 +26,9 @@ class PreparedRow:
     Attributes:
         id: Unique within the dataset.
         group: Rows of equal group are in one split; None if the source gave none.
-        messages: OpenAI-style turns with lists of parts; ``{"type": "image"}`` parts stand for `images` in order.
-        images: Arrays of shape [height, width, 3], uint8, at target size. Colour images are read-only views of the mapped file.
+        messages: OpenAI-style turns with lists of parts; ``{"type": "image"}`` and ``{"type": "video"}`` parts stand for
+            `images` in order.
+        images: Arrays of shape [height, width, 3], uint8, at target size, and videos of such frames. Colour images are read-only views of the mapped file.
         input_ids: Token ids of shape [num_tokens], int32, image placeholders included.
         assistant_spans: Half-open token ranges that carry loss under assistant-only loss.
         target: Text of the last assistant turn.
@@ -36,7 +38,7 @@ class PreparedRow:
     id: str
     group: str | None
     messages: list[dict[str, Any]]
-    images: list[np.ndarray]
+    images: list[np.ndarray | Video]
     input_ids: np.ndarray
     assistant_spans: list[tuple[int, int]]
     target: str
@@ -139,12 +141,11 @@ class PreparedDataset:
         """Ids of all rows."""
         return list(self._columns()["id"].to_pylist())
 
-    def image_sizes(self, index: int) -> list[tuple[int, int]]:
-        """(height, width) in pixels of one row's images, without reading them."""
+    def image_sizes(self, index: int) -> list[tuple[int, ...]]:
+        """(height, width) in pixels of one row's images, (frames, height, width) of its videos, without reading them."""
         columns = self._columns()
         batch = self._batch(int(columns["shard"][index]), int(columns["batch"][index]))
-        shapes = _numbers(batch, "image_shapes", int(columns["offset"][index])).reshape(-1, 3)
-        return [(int(height), int(width)) for height, width, _ in shapes]
+        return [shape[:-1] for shape in _shapes(batch, int(columns["offset"][index]))]
 
     def _numpy(self, name: str) -> np.ndarray:
         return self._columns()[name].copy()
@@ -190,12 +191,20 @@ def _numbers(batch: Any, name: str, row: int) -> np.ndarray:
     return np.asarray(column.values[start:end].to_numpy())
 
 
-def _images(batch: Any, row: int) -> list[np.ndarray]:
-    shapes = _numbers(batch, "image_shapes", row).reshape(-1, 3)
+def _shapes(batch: Any, row: int) -> list[tuple[int, ...]]:
+    """Frames (videos only), height, width and channels of each image."""
+    shapes = _numbers(batch, "image_shapes", row).reshape(-1, 3).tolist()
+    frames = _numbers(batch, "num_frames", row).tolist()
+    return [(number, *shape) if number else tuple(shape) for number, shape in zip(frames, shapes, strict=True)]
+
+
+def _images(batch: Any, row: int) -> list[np.ndarray | Video]:
     column = batch.column("pixels")
     first = column.offsets[row].as_py()
-    images = []
-    for number, shape in enumerate(shapes):
+    rates = iter(_numbers(batch, "frames_per_second", row).tolist())
+    images: list[np.ndarray | Video] = []
+    for number, shape in enumerate(_shapes(batch, row)):
         pixels = np.frombuffer(column.values[first + number].as_buffer(), np.uint8).reshape(shape)
-        images.append(np.repeat(pixels, 3, axis=2) if shape[2] == 1 else pixels)
+        pixels = np.repeat(pixels, 3, axis=-1) if shape[-1] == 1 else pixels
+        images.append(Video(pixels, next(rates)) if len(shape) == 4 else pixels)
     return images

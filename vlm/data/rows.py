@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from vlm.families.video import Video
 
 Row = dict[str, Any]
 
@@ -41,8 +43,8 @@ class MappedRow:
     Attributes:
         id: Its own name, or None.
         group: Rows of equal group stay in one split; None if there is none.
-        messages: OpenAI-style turns whose contents are lists of parts; ``{"type": "image"}`` parts stand for `images` in order.
-        images: Bytes, ``{"bytes", "path"}`` dictionaries, paths, addresses or Pillow images.
+        messages: OpenAI-style turns whose contents are lists of parts; ``{"type": "image"}`` and ``{"type": "video"}`` parts stand for `images` in order.
+        images: Bytes, ``{"bytes", "path"}`` dictionaries, paths, addresses, Pillow images, or `VideoReference`s.
         metadata: Plain values carried along.
     """
 
@@ -58,14 +60,15 @@ class Sample:
     """A finished row, ready to be written.
 
     Attributes:
-        images: Arrays of shape [height, width, 1 or 3], uint8, at the size the model sees.
+        images: What image and video parts stand for, in order: arrays of shape [height, width, 1 or 3], uint8, at the size
+            the model sees, and videos of such frames.
         assistant_spans: Half-open token ranges that carry loss.
     """
 
     id: str | None
     group: str | None
     messages: list[dict[str, Any]]
-    images: list[np.ndarray]
+    images: list[np.ndarray | Video]
     input_ids: list[int]
     assistant_spans: list[tuple[int, int]]
     num_visual_tokens: int
@@ -82,6 +85,15 @@ class Sample:
         return sum(image.nbytes for image in self.images) + 4 * len(self.input_ids) + 512
 
 
+class Note(NamedTuple):
+    """What the ledger should say of a row that is kept."""
+
+    action: Literal["shrunk", "warning"]
+    reason: str
+    message: str
+    details: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one row: a sample, or the error that dropped it; and what else the ledger should say."""
@@ -89,4 +101,4 @@ class Outcome:
     id: str | None = None
     sample: Sample | None = None
     error: RowError | None = None
-    notes: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)

@@ -3,7 +3,8 @@
     summary.json          counts, for people and for the next steps
     ledger.jsonl          one line per dropped, shrunk or doubtful row
     train/index.arrow     one small record per row: lengths, id, group, and where its data lie
-    train/data-00000.arrow, …   the rows themselves; pixels are raw uint8, so reading one maps it and copies nothing
+    train/data-00000.arrow, …   the rows themselves; pixels are raw uint8, so reading one maps it and copies nothing;
+                          videos lie among the images, with a number of frames that is not 0
     validation/…  test/…
 
 Files are Arrow IPC without compression. Batches are cut by the size of their rows alone, so that the bytes do not depend on the
@@ -13,6 +14,7 @@ number of workers.
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ import pyarrow as pa
 
 from vlm.data.messages import last_text
 from vlm.data.rows import Sample
+from vlm.families.video import Video
 
 BATCH_SIZE_BYTES = 16 << 20
 BATCH_MAX_ROWS = 4096
@@ -37,6 +40,8 @@ DATA_SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("assistant_spans", pa.list_(pa.int32())),
         ("image_shapes", pa.list_(pa.int32())),
+        ("num_frames", pa.list_(pa.int32())),
+        ("frames_per_second", pa.list_(pa.float64())),
         ("pixels", pa.list_(pa.large_binary())),
     ]
 )
@@ -130,18 +135,22 @@ _json = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":
 
 
 class _Lists:
-    """A column of lists of integers, as one run of values and their counts."""
+    """A column of lists of numbers, as one run of values and their counts.
 
-    def __init__(self) -> None:
-        self.values = array("i")
+    Args:
+        code: Type of the values, as in `array`.
+    """
+
+    def __init__(self, code: str = "i") -> None:
+        self.values: array[Any] = array(code)
         self.lengths: list[int] = []
 
-    def add(self, values: Sequence[int]) -> None:
+    def add(self, values: Sequence[float]) -> None:
         self.values.extend(values)
         self.lengths.append(len(values))
 
     def column(self) -> Any:
-        values = pa.array(np.frombuffer(self.values, np.int32)) if self.values else pa.array([], pa.int32())
+        values = pa.array(np.array(self.values, self.values.typecode))
         return pa.ListArray.from_arrays(_offsets(self.lengths, np.int32), values)
 
 
@@ -162,6 +171,7 @@ class _Batch:
         self._targets: list[str] = []
         self._metadata: list[str] = []
         self._input_ids, self._spans, self._shapes = _Lists(), _Lists(), _Lists()
+        self._frames, self._rates = _Lists(), _Lists("d")
         self._images: list[np.ndarray] = []
         self._num_images: list[int] = []
         self._num_pixels: list[int] = []
@@ -176,10 +186,15 @@ class _Batch:
         self._metadata.append(_json(sample.metadata) if sample.metadata else "{}")
         self._input_ids.add(sample.input_ids)
         self._spans.add([bound for span in sample.assistant_spans for bound in span])
-        self._shapes.add([length for image in sample.images for length in image.shape])
-        self._images += sample.images
+        videos = {number: image for number, image in enumerate(sample.images) if isinstance(image, Video)}
+        self._shapes.add([length for image in sample.images for length in image.shape[-3:]])
+        self._frames.add(
+            [len(videos[number].frames) if number in videos else 0 for number in range(len(sample.images))]
+        )
+        self._rates.add([video.frames_per_second for video in videos.values()])
+        self._images += [image.frames if isinstance(image, Video) else image for image in sample.images]
         self._num_images.append(len(sample.images))
-        self._num_pixels.append(sum(image.shape[0] * image.shape[1] for image in sample.images))
+        self._num_pixels.append(sum(math.prod(image.shape[:-1]) for image in sample.images))
         self._num_visual.append(sample.num_visual_tokens)
         self._num_supervised.append(sample.num_supervised_tokens)
 
@@ -191,6 +206,8 @@ class _Batch:
             "input_ids": self._input_ids.column(),
             "assistant_spans": self._spans.column(),
             "image_shapes": self._shapes.column(),
+            "num_frames": self._frames.column(),
+            "frames_per_second": self._rates.column(),
             "pixels": pa.ListArray.from_arrays(_offsets(self._num_images, np.int32), _pixels(self._images)),
         }
         return _in_schema(columns, DATA_SCHEMA)

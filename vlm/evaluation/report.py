@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from vlm.errors import DataError
 from vlm.evaluation.evaluate import METRICS_FILE, ROWS_FILE
 from vlm.evaluation.loss_curve import LossCurve, loss_curve
+from vlm.families.video import Video
 
 MAX_ROWS = 40
 MAX_PICTURE_SIDE_PX = 640
@@ -148,7 +149,8 @@ def _shown_row(
                 f"row {position} of the metrics is {row['id']!r} but the dataset has {found} there;"
                 " give the report the dataset that the predictions were made from"
             )
-        pictures = [_data_uri(image) for image in source.images]
+        # Of a video, the first frame.
+        pictures = [_data_uri(image.frames[0] if isinstance(image, Video) else image) for image in source.images]
     answers = []
     for who, label in (("tuned", "Tuned model"), ("base", "Base model")):
         if who in row:

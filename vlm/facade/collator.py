@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
+from vlm.config import BoxConfig
+from vlm.data.boxes import BoxWriter, ResizedImage
 from vlm.data.prepared import PreparedRow
+from vlm.data.rows import RowError
+from vlm.data.video import resize, target_size
 from vlm.errors import ConfigError, DataError
-from vlm.facade.images import load_image
+from vlm.facade.images import load_medium
 from vlm.facade.messages import training_conversation
 from vlm.facade.resizing import Resizing
 from vlm.facade.state import state_of
@@ -19,7 +25,7 @@ from vlm.training.collator import IGNORED
 from vlm.training.collator import VisionDataCollator as CoreCollator
 
 _WORDS = "@@@"
-_QUESTION = [{"role": "user", "content": [{"type": "text", "text": _WORDS}]}]
+_QUESTION: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "text", "text": _WORDS}]}]
 
 
 class VisionDataCollator:
@@ -45,6 +51,9 @@ class VisionDataCollator:
         resize_dimension: Which side `resize` is about: 0 the width, 1 the height, ``"max"`` or ``"min"`` of both.
         snap_to_patch_size: Either value: images always end on whole patches here.
         allow_urls: Fetch images that rows name by a remote address.
+        boxes: Settings of `vlm.config.BoxConfig`, such as ``{"source": "absolute"}``: coordinates in the texts then follow
+            their image when it is resized.
+        max_video_frames: Of longer videos, evenly spaced frames are taken; None takes the default of `data`.
 
     Raises:
         ConfigError: An option is unknown or would have no effect, or a part is not what the template writes.
@@ -68,6 +77,8 @@ class VisionDataCollator:
         resize_dimension: Any = 0,
         snap_to_patch_size: bool = False,
         allow_urls: bool = False,
+        boxes: Mapping[str, Any] | None = None,
+        max_video_frames: int | None = None,
     ) -> None:
         state = state_of(model)
         self.processing: Processing = state.loaded.processing
@@ -85,8 +96,9 @@ class VisionDataCollator:
                 raise ConfigError(
                     f"VisionDataCollator: {name}={value!r} cannot be; {remedy}, so leave it at {possible!r}"
                 )
-        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
-            raise ConfigError(f"VisionDataCollator: pad_to_multiple_of {pad_to_multiple_of} must be positive or None")
+        for name, number in (("pad_to_multiple_of", pad_to_multiple_of), ("max_video_frames", max_video_frames)):
+            if number is not None and number < 1:
+                raise ConfigError(f"VisionDataCollator: {name} {number} must be positive or None")
         if (instruction_part or response_part) and not train_on_responses_only:
             raise ConfigError(
                 "VisionDataCollator: instruction_part and response_part have no effect without train_on_responses_only=True;"
@@ -96,7 +108,9 @@ class VisionDataCollator:
         self.max_seq_length = state.max_seq_length if max_seq_length is None else max_seq_length
         self.formatting_func = formatting_func
         self.allow_urls = allow_urls
+        self.max_video_frames = max_video_frames
         self._resizing = Resizing(resize, resize_dimension, state.loaded.model.config.to_dict())
+        self._boxes = BoxWriter(_box_settings(boxes or {}), self.processing.box_convention)
         self._media = self.processing.media_token_ids
         self._warned = False
         self._collate = CoreCollator(
@@ -110,7 +124,7 @@ class VisionDataCollator:
 
         Args:
             rows: ``{"messages": […]}`` each, with images inside the messages as ``{"type": "image", "image": …}``, or
-                beside them under ``"images"``; or just messages.
+                beside them under ``"images"``, and videos as ``{"type": "video", "video": …}``; or just messages.
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels`` of shape [batch, sequence], and the model's image tensors.
@@ -124,11 +138,23 @@ class VisionDataCollator:
         if self.formatting_func is not None:
             row = self.formatting_func(row)
         messages, references = training_conversation(row)
-        images = [self._resizing(load_image(reference, allow_urls=self.allow_urls)) for reference in references]
-        sizes = [self.processing.target_size(image.height, image.width) for image in images]
+        sources = [
+            load_medium(reference, allow_urls=self.allow_urls, max_video_frames=self.max_video_frames)
+            for reference in references
+        ]
+        media = [replace(medium, frames=[self._resizing(frame) for frame in medium.frames]) for medium in sources]
+        sizes = [target_size(self.processing, medium, None, None) for medium in media]
+        resized = [
+            ResizedImage((medium.height, medium.width), (size[-2], size[-1]))
+            for medium, size in zip(sources, sizes, strict=True)
+        ]
+        try:
+            messages, _ = self._boxes(messages, resized)
+        except RowError as error:
+            raise DataError(f"a conversation cannot be trained on: {error.message}") from error
         encoded = self.processing.encode(messages, sizes)
         ids, spans = self._cut(encoded.input_ids, encoded.assistant_spans)
-        pixels = [self.processing.resize_image(image, size) for image, size in zip(images, sizes, strict=True)]
+        pixels = [resize(self.processing, medium, size) for medium, size in zip(media, sizes, strict=True)]
         return PreparedRow(
             id="",
             group=None,
@@ -181,3 +207,10 @@ class VisionDataCollator:
                     f"VisionDataCollator: {name} {part!r} is not what this model's chat template writes there, which ends"
                     f" with {written[-60:]!r}; use that, or leave it out: the template alone tells where the words are"
                 )
+
+
+def _box_settings(boxes: Mapping[str, Any]) -> BoxConfig:
+    try:
+        return BoxConfig(**boxes)
+    except ValidationError as error:
+        raise ConfigError(f"VisionDataCollator: boxes={dict(boxes)!r} cannot be: {error.errors()[0]['msg']}") from error

@@ -1,15 +1,18 @@
-"""Images of notebooks: from whatever a message holds to an upright, opaque Pillow image."""
+"""Images and videos of notebooks: from whatever a message holds to upright, opaque Pillow images."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vlm.config import DataConfig
 from vlm.data.images import MAX_IMAGE_FILE_BYTES, load_image_bytes, open_image, pillow_limit_off, upright_image
 from vlm.data.rows import RowError
+from vlm.data.video import Medium, VideoReference, load_video
 from vlm.errors import DataError
 
 MAX_SOURCE_PIXELS = 100_000_000
@@ -35,6 +38,50 @@ def load_image(reference: Any, *, allow_urls: bool) -> Image.Image:
     except RowError as error:
         message = error.message.replace("data.allow_urls is off", "allow_urls is off; give allow_urls=True or the file")
         raise DataError(f"an image cannot be used: {message}") from error
+
+
+def load_medium(
+    reference: Any, *, allow_urls: bool, max_video_frames: int | None = None, max_video_pixels: int | None = None
+) -> Medium:
+    """Loads an image or a video.
+
+    Args:
+        reference: An image as in `load_image`, or a `VideoReference`: a list of such images, an array of shape [frames,
+            height, width, 3], a folder of images, or an animated file.
+        allow_urls: Whether remote addresses may be fetched.
+        max_video_frames: Of longer videos, evenly spaced frames are taken; None takes the default of `data`.
+        max_video_pixels: Limit on the area of a frame; None takes the default of `data`.
+
+    Raises:
+        DataError: It cannot be used.
+    """
+    if not isinstance(reference, VideoReference):
+        return Medium([load_image(reference, allow_urls=allow_urls)])
+    value = reference.value
+    if isinstance(value, np.ndarray) and value.ndim == 4:
+        value = list(value)
+    value = str(value).removeprefix("file://") if isinstance(value, Path | str) and _is_path(str(value)) else value
+    try:
+        with pillow_limit_off():
+            return load_video(
+                replace(reference, value=value),
+                load=lambda frame: _content(frame, allow_urls),
+                list_folder=_list_folder,
+                max_frames=max_video_frames or DataConfig().max_video_frames,
+                max_source_pixels=MAX_SOURCE_PIXELS,
+                max_pixels=max_video_pixels or DataConfig().max_video_pixels,
+            )
+    except RowError as error:
+        raise DataError(f"a video cannot be used: {error.message}") from error
+
+
+def _list_folder(path: str) -> list[str]:
+    try:
+        return [str(entry) for entry in Path(path).expanduser().iterdir()]
+    except OSError as error:
+        raise RowError(
+            "video_not_found", f"video {path!r}: {error.strerror}; give a list of frames, a folder or an animated file"
+        ) from error
 
 
 def _content(reference: Any, allow_urls: bool) -> bytes | Image.Image:

@@ -1,4 +1,4 @@
-"""Messages of notebooks, with images inside, to messages and images apart."""
+"""Messages of notebooks, with images and videos inside, to messages and these apart."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def split_messages(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
         messages: OpenAI-style messages.
 
     Returns:
-        Messages whose image parts are ``{"type": "image"}``, and the image references in order, None for parts
-        without one.
+        Messages whose image parts are ``{"type": "image"}`` and video parts ``{"type": "video"}``, and the references in
+        order, None for image parts without one.
 
     Raises:
         DataError: A message breaks a rule.
@@ -33,11 +33,11 @@ def split_messages(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
             parts = content_parts(message["content"], number)
         except RowError as error:
             raise DataError(error.message) from error
-        references += [part["reference"] for part in parts if part["type"] == "image"]
+        references += [part["reference"] for part in parts if part["type"] != "text"]
         plain.append(
             {
                 "role": message["role"],
-                "content": [part if part["type"] == "text" else {"type": "image"} for part in parts],
+                "content": [part if part["type"] == "text" else {"type": part["type"]} for part in parts],
             }
         )
     return plain, references

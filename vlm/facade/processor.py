@@ -5,27 +5,30 @@ Works without torchvision, which the stock processors of several families need e
 
 from __future__ import annotations
 
+import re
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from transformers import BatchFeature, ProcessorMixin
 
+from vlm.data.video import Medium, resize, target_size, video_reference
 from vlm.errors import ConfigError, DataError
 from vlm.facade.hub import upload
-from vlm.facade.images import load_image
+from vlm.facade.images import load_medium
 from vlm.facade.messages import split_messages
 from vlm.facade.options import check_fixed
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from vlm.families import Video
     from vlm.processing import Processing
 
 _FIXED_CALL: dict[str, tuple[Any, str]] = {
-    "videos": (None, "only still images are known here; give frames as images"),
     "add_special_tokens": (False, "the chat template writes all control tokens; leave it out"),
     "padding": (True, "rows of different lengths are always padded; leave it out"),
     "truncation": (False, "a conversation that was cut would lose image tokens; shorten the text or the images"),
@@ -35,7 +38,7 @@ _FIXED_CALL: dict[str, tuple[Any, str]] = {
 
 
 class VisionProcessor(ProcessorMixin):
-    """Text with image placeholders, and images, to a model's inputs.
+    """Text with placeholders, images and videos to a model's inputs.
 
     A trainer takes it as ``processing_class``.
 
@@ -57,7 +60,13 @@ class VisionProcessor(ProcessorMixin):
         self.chat_template = processing.chat_template
 
     def __call__(
-        self, images: Any = None, text: str | Sequence[str] | None = None, padding_side: str = "left", **options: Any
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        fps: float | Sequence[float] | None = None,
+        padding_side: str = "left",
+        **options: Any,
     ) -> BatchFeature:
         """Makes a model's inputs.
 
@@ -65,6 +74,9 @@ class VisionProcessor(ProcessorMixin):
             images: One image or a list: Pillow images, arrays, bytes, paths or ``data:`` URIs, in the order of their
                 placeholders in all texts; or one list per text.
             text: Rendered by `apply_chat_template`, one or several.
+            videos: A list of videos in the order of their placeholders in all texts, each a list of frames, an array of shape
+                [frames, height, width, 3], a folder or an animated file. All frames that are given are taken.
+            fps: Frames per second of the videos, one number or one per video; None takes the file's, or 2.
             padding_side: ``"left"``, as generation needs it, or ``"right"``.
             **options: Options of transformers' processors that only one value is possible for here.
 
@@ -75,13 +87,14 @@ class VisionProcessor(ProcessorMixin):
             ConfigError: An option would have no effect.
             DataError: Texts and images do not fit together, or an image cannot be used.
         """
-        check_fixed("processor", options, _FIXED_CALL, ("images", "text", "padding_side"))
+        check_fixed("processor", options, _FIXED_CALL, ("images", "text", "videos", "fps", "padding_side"))
         if text is None:
             raise DataError("the processor got no text; render the conversation with apply_chat_template first")
         texts = [text] if isinstance(text, str) else list(text)
-        pixels = [[self._resized(image) for image in row] for row in self._by_text(images, texts)]
+        films = _videos(videos, fps)
+        pixels = [[self._resized(medium) for medium in row] for row in self._by_text(images, films, texts)]
         rows = [
-            self.processing.encode_text(words, [image.shape[:2] for image in own]).input_ids
+            self.processing.encode_text(words, [medium.shape[:-1] for medium in own]).input_ids
             for words, own in zip(texts, pixels, strict=True)
         ]
         return BatchFeature(self._padded(rows, pixels, _side(padding_side)))
@@ -122,10 +135,13 @@ class VisionProcessor(ProcessorMixin):
                 "an image part has no image, so there is nothing to make pixels of; put it into the part as"
                 " {'type': 'image', 'image': …}, or render with tokenize=False and give images and text to the processor"
             )
-        pixels = [[self._resized(image) for image in references] for _, references in split]
+        pixels = [
+            [self._resized(load_medium(reference, allow_urls=False)) for reference in references]
+            for _, references in split
+        ]
         # From the messages rather than their text: control tokens that a person typed stay text this way.
         rows = [
-            self.processing.encode(messages, [image.shape[:2] for image in own], add_generation_prompt).input_ids
+            self.processing.encode(messages, [medium.shape[:-1] for medium in own], add_generation_prompt).input_ids
             for (messages, _), own in zip(split, pixels, strict=True)
         ]
         inputs = BatchFeature(self._padded(rows, pixels, _side(padding_side)))
@@ -184,11 +200,40 @@ class VisionProcessor(ProcessorMixin):
     def __repr__(self) -> str:
         return f"VisionProcessor({self.processing.family.title})"
 
-    def _resized(self, reference: Any) -> np.ndarray:
-        image = load_image(reference, allow_urls=False)
-        return self.processing.resize_image(image, self.processing.target_size(image.height, image.width))
+    def _resized(self, medium: Medium) -> np.ndarray | Video:
+        return resize(self.processing, medium, target_size(self.processing, medium, None, None))
 
-    def _by_text(self, images: Any, texts: Sequence[str]) -> list[list[Any]]:
+    def _by_text(self, images: Any, videos: Sequence[Medium], texts: Sequence[str]) -> list[list[Medium]]:
+        """Images and videos of each text, in the order of their placeholders."""
+        stills = [
+            [load_medium(image, allow_urls=False) for image in row] for row in self._images_by_text(images, texts)
+        ]
+        family = self.processing.family
+        if family.video is None:
+            if videos:
+                raise DataError(f"{self.processing.video_problem}, or give the frames as images")
+            return stills
+        count = sum(words.count(family.video.placeholder) for words in texts)
+        if count != len(videos):
+            raise DataError(
+                f"the texts have {count} video placeholders ({family.video.placeholder!r}) but {len(videos)} videos came with"
+                " them; give one video per placeholder"
+            )
+        pattern = re.compile(f"{re.escape(family.image_placeholder)}|{re.escape(family.video.placeholder)}")
+        waiting = iter(videos)
+        rows = []
+        for words, own in zip(texts, stills, strict=True):
+            left = list(own)
+            row = []
+            for placeholder in pattern.findall(words):
+                if placeholder == family.video.placeholder:
+                    row.append(next(waiting))
+                elif left:
+                    row.append(left.pop(0))
+            rows.append(row + left)  # a wrong number is an error when the text is encoded
+        return rows
+
+    def _images_by_text(self, images: Any, texts: Sequence[str]) -> list[list[Any]]:
         """Images of each text."""
         if images is None:
             images = []
@@ -211,7 +256,7 @@ class VisionProcessor(ProcessorMixin):
         return [[next(waiting) for _ in range(count)] for count in counts]
 
     def _padded(
-        self, rows: Sequence[Sequence[int]], pixels: Sequence[Sequence[np.ndarray]], side: str
+        self, rows: Sequence[Sequence[int]], pixels: Sequence[Sequence[np.ndarray | Video]], side: str
     ) -> dict[str, torch.Tensor]:
         length = max(len(row) for row in rows)
         ids = torch.full((len(rows), length), self.processing.pad_token_id, dtype=torch.long)
@@ -222,6 +267,25 @@ class VisionProcessor(ProcessorMixin):
             mask[number, place] = 1
         media = self.processing.pixel_inputs(pixels)
         return {"input_ids": ids, "attention_mask": mask, **self.processing.model_inputs(ids, media)}
+
+
+def _videos(videos: Any, fps: Any) -> list[Medium]:
+    """Videos as they come in a call, decoded."""
+    if videos is None:
+        return []
+    first = videos[0] if isinstance(videos, list | tuple) and videos else None
+    is_frame = isinstance(first, Image) or (isinstance(first, np.ndarray) and first.ndim < 4)
+    is_one = is_frame or not isinstance(videos, list | tuple)
+    videos = [videos] if is_one else list(videos)
+    rates = list(fps) if isinstance(fps, list | tuple) else [fps] * len(videos)
+    if len(rates) != len(videos):
+        raise DataError(f"the processor got {len(videos)} videos and {len(rates)} values of fps; give one per video")
+    references = [video_reference({"video": video, "fps": rate}) for video, rate in zip(videos, rates, strict=True)]
+    if any(reference is None for reference in references):
+        raise DataError(
+            f"the processor got an empty video, or fps {fps!r} that is no positive number; give frames and a rate"
+        )
+    return [load_medium(reference, allow_urls=False, max_video_frames=sys.maxsize) for reference in references]
 
 
 def _side(padding_side: str) -> str:

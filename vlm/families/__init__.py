@@ -11,6 +11,7 @@ from vlm.families.family import (
     text_config,
 )
 from vlm.families.table import FAMILIES, family_by_name, family_for_config
+from vlm.families.video import Video
 
 __all__ = [
     "FAMILIES",
@@ -20,6 +21,7 @@ __all__ = [
     "PackedSamples",
     "Packing",
     "Run",
+    "Video",
     "context_length_tokens",
     "family_by_name",
     "family_for_config",

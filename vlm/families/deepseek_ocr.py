@@ -60,6 +60,7 @@ DEEPSEEK_OCR = Family(
     },
     chat_template=deepseek_media.PLAIN_CHAT_TEMPLATE,
     markup_tokens=deepseek_media.MARKUP_TOKENS,
+    box_convention="normalized_999",
     cut_before_answers=True,
     # The publishers' own setting: without it, long answers of the untuned model can run in circles.
     generation_defaults={"no_repeat_ngram_size": 20},

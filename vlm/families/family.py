@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlm.config.data import BoxConvention
+from vlm.families.video import VideoInput
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -123,6 +126,7 @@ class Family:
         target_size: `(parts, height, width, min_pixels, max_pixels)` to the (height, width) that an image is resized to.
         image_layout: `(parts, height, width)` of an image at its target size to the text that stands for it.
         pixel_inputs: `(parts, images of each row)` to the model's image tensors, and lists where the model takes those.
+        video: How videos are taken; None for families that take none.
         token_inputs: `(parts, input_ids of shape [batch, sequence], pixel inputs)` to further tensors that the model
             needs beside the ids, such as token types or a cross-attention mask.
         resize: `(parts, RGB or grey image, target size)` to the image at that size; None for the image processor's filter alone.
@@ -138,6 +142,8 @@ class Family:
             stay plain characters there.
         cut_before_answers: Whether an answer is tokenised by itself, as generation does: for layouts in which nothing
             stands between a question and its answer, so that a token could reach over both.
+        box_convention: How answers of these models give coordinates: in pixels of the image at its target size
+            (``"absolute"``), or relative to its sides, from 0 to 1, 999 or 1000.
         generation_defaults: Generation settings for checkpoints without `generation_config.json`.
         packing: How conversations share one row; None for a family that trains on padded batches.
     """
@@ -165,6 +171,7 @@ class Family:
     image_layout: Callable[[MediaParts, int, int], ImageLayout]
     pixel_inputs: Callable[[MediaParts, RowImages], dict[str, Any]]
     token_inputs: Callable[[MediaParts, torch.Tensor, Mapping[str, Any]], dict[str, torch.Tensor]]
+    video: VideoInput | None = None
     resize: Callable[[MediaParts, Image.Image, tuple[int, int]], Image.Image] | None = None
     patches_per_token: Callable[[Mapping[str, Any]], int] | None = None
     prepare_model: Callable[[Any], None] | None = None
@@ -174,6 +181,7 @@ class Family:
     chat_template: str | None = None
     markup_tokens: tuple[str, ...] = ()
     cut_before_answers: bool = False
+    box_convention: BoxConvention = "normalized_1000"
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     packing: Packing | None = None
 

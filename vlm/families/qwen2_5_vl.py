@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from vlm.families import qwen_video
 from vlm.families.qwen2_vl import QWEN2_VL
 
 QWEN2_5_VL = dataclasses.replace(
@@ -14,4 +15,6 @@ QWEN2_5_VL = dataclasses.replace(
     config_types=("qwen2_5_vl",),
     model_class="Qwen2_5_VLForConditionalGeneration",
     vision_mlp=r"model\.visual\.blocks\.\d+\.mlp\.(gate|up|down)_proj",
+    video=qwen_video.IN_SECONDS,
+    box_convention="absolute",
 )

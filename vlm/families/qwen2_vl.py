@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlm.families import qwen_media, qwen_packing
+from vlm.families import qwen_media, qwen_packing, qwen_video
 from vlm.families.family import Family, Packing
 
 QWEN2_VL = Family(
@@ -28,9 +28,11 @@ QWEN2_VL = Family(
     image_placeholder=qwen_media.IMAGE_TOKEN,
     image_token=qwen_media.IMAGE_TOKEN,
     media_tokens=qwen_media.MEDIA_TOKENS,
+    markup_tokens=qwen_media.MARKUP_TOKENS,
     target_size=qwen_media.target_size,
     image_layout=qwen_media.image_layout,
     pixel_inputs=qwen_media.pixel_inputs,
     token_inputs=qwen_media.token_inputs,
     packing=Packing(tower_segments=True, positions=qwen_packing.positions, tower_inputs=qwen_packing.tower_inputs),
+    video=qwen_video.IN_STEPS,
 )

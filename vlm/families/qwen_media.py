@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
 MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_TOKEN, VIDEO_TOKEN)
+# Marks around what is named, and around its box.
+MARKUP_TOKENS = (
+    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
+)  # fmt: skip
 MAX_ASPECT_RATIO = 200
 
 

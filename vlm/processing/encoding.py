@@ -52,7 +52,7 @@ class Encoded:
         input_ids: Token ids, image tokens written out.
         assistant_spans: Half-open ranges of positions in `input_ids`, in order: the assistant's words of each turn with
             the token that ends the turn, but no white space behind it.
-        num_visual_tokens: How many of the ids are media tokens written for images.
+        num_visual_tokens: How many of the ids are media tokens written for images and videos.
     """
 
     input_ids: list[int]
@@ -100,7 +100,8 @@ class ChatEncoder:
         longest_first = sorted(special, key=lambda token: (-len(token), token))
         self._control_tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._control_or_sentinel = re.compile(f"{self._control_tokens.pattern}|{_SENTINEL_CLASS}")
-        placeholder = re.escape(family.image_placeholder)
+        self._video_placeholder = family.video.placeholder if family.video is not None else None
+        placeholder = "|".join(re.escape(text) for text in (family.image_placeholder, self._video_placeholder) if text)
         self._placeholder = re.compile(placeholder)
         self._placeholder_or_sentinel = re.compile(f"{placeholder}|{_SENTINEL_CLASS}")
         # A tokenizer that puts tokens of its own around the text does so once per text, not per section.
@@ -283,7 +284,7 @@ class ChatEncoder:
             current.append(between)
             length += len(between)
             position = match.end()
-            if match[0] != self._family.image_placeholder and protected is not None:
+            if protected is not None and match[0] not in (self._family.image_placeholder, self._video_placeholder):
                 close("".join(current), False)
                 current = []
                 written = protected[ord(match[0]) - _FIRST_SENTINEL]
@@ -291,6 +292,7 @@ class ChatEncoder:
             else:
                 layout = layouts[num_images] if num_images < len(layouts) else ()
                 num_images += 1
+                self._check_kind(match[0], layout)
                 written = "".join(piece.token if isinstance(piece, Run) else piece for piece in layout)
                 runs.extend(piece for piece in layout if isinstance(piece, Run))
                 current.append(written)
@@ -302,7 +304,7 @@ class ChatEncoder:
         if num_images != len(layouts):
             raise DataError(
                 f"the rendered conversation has places for {num_images} images but {len(layouts)} images came with it;"
-                " give one image part per image"
+                " give one image part per image (and one video part per video, which count here)"
             )
 
         def moved(character: int) -> int:
@@ -312,6 +314,16 @@ class ChatEncoder:
         if self._family.cut_before_answers:
             segments = [piece for segment in segments for piece in _cut(segment, [first for first, _ in moved_turns])]
         return segments, runs, moved_turns
+
+    def _check_kind(self, placeholder: str, layout: ImageLayout) -> None:
+        first = next((piece.token for piece in layout if isinstance(piece, Run)), None)
+        if self._video_placeholder is None or first is None:
+            return
+        if (placeholder == self._video_placeholder) != (first == self._video_placeholder):
+            raise DataError(
+                f"the rendered conversation has {placeholder!r} where {first!r} belongs, so images and videos would change"
+                " places; give them in the order of their parts"
+            )
 
     def _tokenise(self, segments: Sequence[_Segment]) -> tuple[list[int], list[int], list[int]]:
         """Ids of all segments, and for each id the range of characters that it covers."""

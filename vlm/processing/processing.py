@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from vlm.errors import ModelError
-from vlm.families import Family, MediaParts, PackedSamples, Run
+from vlm.config.data import BoxConvention
+from vlm.errors import DataError, ModelError
+from vlm.families import FAMILIES, Family, ImageLayout, MediaParts, PackedSamples, Run, Video
 from vlm.families.classes import transformers_class
 from vlm.processing import files
 from vlm.processing.encoding import ChatEncoder, Encoded
+from vlm.processing.template import read_template
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +33,7 @@ class Processing:
         family: Row of the family table.
         tokenizer: The transformers tokenizer.
         image_processor: The transformers image processor, PIL backend.
-        chat_template: Jinja source of the chat template.
+        chat_template: Jinja source of the chat template; one that writes the date writes always the same one.
         context_length_tokens: Longest sequence that the model was made for; None where its config does not say.
         stop_token_ids: Ids that end a generated answer.
         media_token_ids: Ids of image, video and surrounding tokens; they carry no loss.
@@ -107,12 +109,25 @@ class Processing:
             family=family,
             tokenizer=tokenizer,
             image_processor=_image_processor(processor_dir, family),
-            chat_template=_chat_template(processor_dir, tokenizer, family),
+            chat_template=read_template(processor_dir, tokenizer, family),
             settings=_settings(processor_dir),
             source_dir=processor_dir,
             context_length_tokens=context_length,
             stop_token_ids=stop_token_ids,
         )
+
+    @property
+    def box_convention(self) -> BoxConvention:
+        """How the family's models give coordinates in answers."""
+        return self.family.box_convention
+
+    @property
+    def video_problem(self) -> str | None:
+        """Why the model takes no videos, and which families do; None if it takes them."""
+        if self.family.video is not None:
+            return None
+        able = " or ".join(family.title for family in FAMILIES.values() if family.video is not None)
+        return f"{self.family.title} takes no videos; use a model of {able}"
 
     def target_size(
         self, height: int, width: int, min_pixels: int | None = None, max_pixels: int | None = None
@@ -161,7 +176,7 @@ class Processing:
     def encode(
         self,
         messages: Sequence[Mapping[str, Any]],
-        image_sizes: Sequence[tuple[int, int]],
+        image_sizes: Sequence[tuple[int, ...]],
         add_generation_prompt: bool = False,
     ) -> Encoded:
         """Tokenises a conversation exactly as the model's own processor does.
@@ -169,29 +184,35 @@ class Processing:
         The strings of control tokens inside people's text stay text: they never become control tokens.
 
         Args:
-            messages: OpenAI-style messages; image parts are ``{"type": "image"}``.
-            image_sizes: Height and width of each image at its target size, in the order of the image parts.
+            messages: OpenAI-style messages; image parts are ``{"type": "image"}``, video parts ``{"type": "video"}``.
+            image_sizes: In the order of these parts, at target size: height and width of an image; frames, height and width
+                of a video.
             add_generation_prompt: End with the start of an assistant turn, for generation.
 
         Raises:
             DataError: The chat template refuses the conversation or does not render it from front to back, or the number
                 of images differs from the number of image parts.
         """
-        layouts = [self.family.image_layout(self._parts, height, width) for height, width in image_sizes]
-        return self._encoder.encode(messages, layouts, add_generation_prompt)
+        return self._encoder.encode(messages, [self._layout(size) for size in image_sizes], add_generation_prompt)
 
-    def encode_text(self, text: str, image_sizes: Sequence[tuple[int, int]]) -> Encoded:
+    def _layout(self, size: tuple[int, ...]) -> ImageLayout:
+        if len(size) == 2:
+            return self.family.image_layout(self._parts, *size)
+        if self.family.video is None:
+            raise DataError(f"{self.video_problem}, or give the frames as images")
+        return self.family.video.layout(self._parts, *size)
+
+    def encode_text(self, text: str, image_sizes: Sequence[tuple[int, ...]]) -> Encoded:
         """Tokenises text that `render` has made; it has no assistant spans.
 
         Args:
-            text: With one placeholder per image.
-            image_sizes: Height and width of each image at its target size, in the order of the placeholders.
+            text: With one placeholder per image or video.
+            image_sizes: As in `encode`, in the order of the placeholders.
 
         Raises:
             DataError: The text has places for another number of images.
         """
-        layouts = [self.family.image_layout(self._parts, height, width) for height, width in image_sizes]
-        return self._encoder.encode_text(text, layouts)
+        return self._encoder.encode_text(text, [self._layout(size) for size in image_sizes])
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         """The conversation as the chat template writes it, with one placeholder per image.
@@ -206,18 +227,25 @@ class Processing:
         layout = self.family.image_layout(self._parts, height, width)
         return sum(piece.count for piece in layout if isinstance(piece, Run))
 
-    def pixel_inputs(self, images: Sequence[np.ndarray] | Sequence[Sequence[np.ndarray]]) -> dict[str, Any]:
-        """The model's image tensors.
+    def pixel_inputs(
+        self, images: Sequence[np.ndarray | Video] | Sequence[Sequence[np.ndarray | Video]]
+    ) -> dict[str, Any]:
+        """The model's image and video tensors.
 
         Args:
-            images: uint8 arrays of shape [height, width, 3] at their target size, as one list or as one list per row of
-                the batch. Families that pad images per row need the latter.
+            images: uint8 arrays of shape [height, width, 3] at their target size, and videos, as one list or as one list per
+                row of the batch. Families that pad images per row need the latter.
 
         Returns:
             Tensors by the model's argument names, float32, and plain lists where it takes those; empty for no images.
         """
-        rows = images if images and isinstance(images[0], Sequence) else [images]
-        return self.family.pixel_inputs(self._parts, cast("Sequence[Sequence[np.ndarray]]", rows))
+        rows: Any = images if images and isinstance(images[0], Sequence) else [images]
+        videos = [[medium for medium in row if isinstance(medium, Video)] for row in rows]
+        if not any(videos):
+            return self.family.pixel_inputs(self._parts, rows)
+        assert self.family.video is not None, "no video without its layout"
+        stills = [[medium for medium in row if not isinstance(medium, Video)] for row in rows]
+        return {**self.family.pixel_inputs(self._parts, stills), **self.family.video.inputs(self._parts, videos)}
 
     def model_inputs(self, input_ids: torch.Tensor, pixel_inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """All that the model takes beside ids, attention mask and labels.
@@ -310,26 +338,6 @@ def _image_processor(folder: Path, family: Family) -> Any:
     if family.image_processor_defaults is not None and not files.has_image_processor(folder):
         return image_processor_class.from_dict(dict(family.image_processor_defaults))
     return image_processor_class.from_pretrained(folder, local_files_only=True)
-
-
-def _chat_template(folder: Path, tokenizer: Any, family: Family) -> str:
-    """The processor's template, which wins over the tokenizer's, as in transformers; else the family's."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if (folder / "chat_template.json").is_file():
-        template = files.read_json(folder / "chat_template.json").get("chat_template")
-    else:
-        template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if template is None:
-        template = family.chat_template
-    if not isinstance(template, str):
-        raise ModelError(
-            f"{folder} has no chat template, so conversations cannot be rendered; put the model's chat_template.jinja there"
-            " or use its instruction-tuned version"
-        )
-    return template
 
 
 def _end_token(tokenizer: Any, folder: Path) -> tuple[int, ...]:

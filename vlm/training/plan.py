@@ -72,7 +72,7 @@ class PlanSummary(Summary):
     optimizer: str
     """``adamw`` or ``adamw_8bit``, no longer ``auto``."""
     worst_sample: dict[str, Any]
-    """The costliest row: `id`, `num_tokens`, `num_visual_tokens`, `image_sizes` as [height, width]."""
+    """The costliest row: `id`, `num_tokens`, `num_visual_tokens`, `image_sizes` as [height, width], for videos [frames, height, width]."""
     memory: dict[str, int]
     """Bytes by part, `expected_bytes` and `at_least_bytes`, for the costliest micro-batch."""
     device_memory_bytes: int | None
@@ -170,7 +170,7 @@ def make_plan(
         "id": rows[worst].id,
         "num_tokens": int(lengths[worst]),
         "num_visual_tokens": int(visual[worst]),
-        "image_sizes": [list(image.shape[:2]) for image in rows[worst].images],
+        "image_sizes": [list(image.shape[:-1]) for image in rows[worst].images],
     }
     if device_memory is not None:
         _check_fits(peak, device_memory, sample, training, packed_rows=len(batches[costliest][1]) if packing else None)
@@ -293,7 +293,7 @@ def _check_fits(
 ) -> None:
     if peak.at_least_bytes <= device_memory - _CUDA_CONTEXT_BYTES:
         return
-    sizes = ", ".join(f"{height} x {width} pixels" for height, width in sample["image_sizes"]) or "no image"
+    sizes = ", ".join(f"{' x '.join(map(str, size))} pixels" for size in sample["image_sizes"]) or "no image"
     remedies = []
     if packed_rows is not None and packed_rows > 1:
         remedies.append("lower training.max_tokens_per_pack")

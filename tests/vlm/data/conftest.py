@@ -34,6 +34,8 @@ class FakeProcessing:
     """One token per byte of text and per 28 x 28 pixels; sides are multiples of 28."""
 
     context_length_tokens: int | None = 4096
+    box_convention = "absolute"
+    video_problem: str | None = None
 
     def target_size(self, height, width, min_pixels=None, max_pixels=None):
         low, high = min_pixels or 28 * 28, max_pixels or 1 << 20
@@ -55,9 +57,10 @@ class FakeProcessing:
             ids.append(1)
             start = len(ids)
             for part in message["content"]:
-                if part["type"] == "image":
-                    height, width = sizes.pop(0)
-                    count = height * width // TOKENS_PER_IMAGE_AREA
+                if part["type"] in ("image", "video"):
+                    size = sizes.pop(0)
+                    assert len(size) == (2 if part["type"] == "image" else 3)
+                    count = math.prod(size) // TOKENS_PER_IMAGE_AREA
                     num_visual += count
                     ids += [2] * count
                 else:

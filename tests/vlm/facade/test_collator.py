@@ -219,3 +219,20 @@ def test_bad_rows_say_what_is_wrong(load: Callable, bad: Any, message: str) -> N
     model, processor = load("qwen2_vl")
     with pytest.raises(DataError, match=message):
         vlm.VisionDataCollator(model, processor)([bad])
+
+
+def test_boxes_follow_their_image(load: Callable) -> None:
+    """An image of 200 x 100 pixels is shrunk to a width of 84 first, and then fitted to whole patches of 28."""
+    model, processor = load("qwen2_5_vl")
+    image = tiny_image(100, 200)
+    boxes = {"source": "absolute"}
+    ours = vlm.VisionDataCollator(model, processor, resize=84, boxes=boxes)
+    (height, width) = (int(side) * 14 for side in ours([row(image, "a")])["image_grid_thw"][0, 1:])
+    assert width == 84
+    found = ours([row(image, '{"bbox_2d": [20, 10, 200, 100]}')])
+    answer = f'{{"bbox_2d": [{round(0.1 * width)}, {round(0.1 * height)}, {width}, {height}]}}'
+    assert_equal(found, vlm.VisionDataCollator(model, processor, resize=84)([row(image, answer)]))
+    with pytest.raises(DataError, match="ends before it starts"):
+        ours([row(image, '{"bbox_2d": [20, 10, 2, 100]}')])
+    with pytest.raises(ConfigError, match=r"boxes=.*has no effect while data\.boxes\.source is 'none'"):
+        vlm.VisionDataCollator(model, processor, boxes={"layout": "xywh"})

@@ -10,6 +10,7 @@ from PIL import Image
 import vlm
 from tests.support.tiny_models import TINY_FAMILIES, tiny_conversation, tiny_image
 from vlm.errors import ConfigError, DataError
+from vlm.families import Video
 from vlm.processing import Processing
 
 
@@ -80,6 +81,49 @@ def test_generation_as_in_a_notebook(load: Callable, model_type: str) -> None:
     assert processor.batch_decode(new) == [processor.decode(new[0])]
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+def test_videos(load: Callable, model_type: str) -> None:
+    model, processor = load(model_type)
+    frames = [Image.fromarray(tiny_image(60, 80, number)) for number in range(3)]
+    image = Image.fromarray(tiny_image(56, 56, 9))
+    parts: list[dict[str, Any]] = [
+        {"type": "video", "video": frames, "fps": 4},
+        {"type": "image", "image": image},
+        {"type": "video", "video": frames[:1]},
+        {"type": "text", "text": "What happens?"},
+    ]
+    messages = [{"role": "user", "content": parts}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    images, videos, options = vlm.process_vision_info(messages, return_video_kwargs=True)
+    inputs = processor(text=[text], images=images, videos=videos, **options, padding=True, return_tensors="pt")
+    from_messages = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    torch.testing.assert_close(dict(inputs), dict(from_messages), rtol=0, atol=0)
+    core = processor.processing
+    pixels = [core.resize_image(frame, (56, 84)) for frame in frames]
+    media = [Video(np.stack(pixels), 4), np.asarray(image), Video(np.stack(pixels[:1]), 2)]
+    plain = [
+        {"role": "user", "content": [part if part["type"] == "text" else {"type": part["type"]} for part in parts]}
+    ]
+    encoded = core.encode(plain, [medium.shape[:-1] for medium in media], add_generation_prompt=True)
+    assert inputs["input_ids"][0].tolist() == encoded.input_ids
+    for name, tensor in core.pixel_inputs([media]).items():
+        torch.testing.assert_close(inputs[name], tensor, rtol=0, atol=0)
+    vlm.FastVisionModel.for_inference(model)
+    with torch.no_grad():
+        assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > len(encoded.input_ids)
+    rows = [{"messages": [*messages, {"role": "assistant", "content": "It moves."}]}]
+    batch = vlm.VisionDataCollator(model, processor)(rows)
+    assert torch.equal(batch["pixel_values_videos"], inputs["pixel_values_videos"])
+    thinned = vlm.VisionDataCollator(model, processor, max_video_frames=2)(rows)
+    assert thinned["video_grid_thw"].tolist() == [[1, 4, 6], [1, 4, 6]]
+
+
+def test_a_model_without_videos_says_so(load: Callable) -> None:
+    _, processor = load("pixtral")
+    with pytest.raises(DataError, match="Pixtral takes no videos; use a model of"):
+        processor(text="a", videos=[[tiny_image()]])
+
+
 def test_text_without_images(load: Callable) -> None:
     _, processor = load("qwen2_vl")
     batch = processor(text="Hello")
@@ -93,7 +137,9 @@ def test_text_without_images(load: Callable) -> None:
         ({"text": "no placeholder", "images": tiny_image()}, "0 image placeholders .* but 1 images"),
         ({"text": ["a", "b"], "images": [[]]}, "2 texts and images for 1"),
         ({"images": tiny_image()}, "got no text"),
-        ({"text": "a", "videos": [1]}, "only still images"),
+        ({"text": "a", "videos": [[tiny_image()]]}, "0 video placeholders .* but 1 videos"),
+        ({"text": "a", "videos": [[]]}, "an empty video"),
+        ({"text": "a", "videos": [[tiny_image()]], "fps": [1, 2]}, "1 videos and 2 values of fps"),
         ({"text": "a", "truncation": True}, "would lose image tokens"),
         ({"text": "a", "return_tensors": "np"}, "use 'pt'"),
         ({"text": "a", "tekst": "b"}, "Did you mean 'text'"),

@@ -28,6 +28,26 @@ def test_images_come_in_order(tmp_path: Path) -> None:
     assert vlm.process_vision_info(ask()) == (None, None)
 
 
+def test_videos_come_as_frames(tmp_path: Path) -> None:
+    frames = [Image.fromarray(tiny_image(20, 30, number)) for number in range(6)]
+    for number, frame in enumerate(frames):
+        frame.save(tmp_path / f"{number}.png")
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=250, lossless=True)
+    forms = [frames, np.stack([np.asarray(frame) for frame in frames]), tmp_path, str(tmp_path / "a.webp")]
+    (tmp_path / "a.webp").rename(tmp_path.parent / f"{tmp_path.name}.webp")  # not among the folder's frames
+    forms[3] = str(tmp_path.parent / f"{tmp_path.name}.webp")
+    parts = [{"type": "video", "video": form} for form in forms]
+    parts[0] |= {"fps": 8, "resized_height": 10, "resized_width": 12}
+    images, videos, options = vlm.process_vision_info(ask(*parts), return_video_kwargs=True, max_video_frames=3)
+    assert images is None
+    assert [[frame.size for frame in video] for video in videos] == [[(12, 10)] * 3] + [[(30, 20)] * 3] * 3
+    for video in videos[1:]:
+        # Of frames 0 to 5: 0, 2 (two and a half, rounded to even) and 5.
+        for number, frame in zip((0, 2, 5), video, strict=True):
+            assert np.array_equal(np.asarray(frame), np.asarray(frames[number]))
+    assert options["fps"] == pytest.approx([8 / 2.5, 2 / 2.5, 2 / 2.5, 4 / 2.5])
+
+
 @pytest.mark.parametrize(
     ("wish", "size"),
     [
@@ -47,7 +67,9 @@ def test_sizes_that_a_part_asks_for(wish: dict[str, int], size: tuple[int, int])
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"type": "video", "video": "a.mp4"}, "part of type 'video'"),
+        ({"type": "video", "video": "a.mp4"}, "no decoder here"),
+        ({"type": "video", "video": "/nowhere"}, "give a list of frames"),
+        ({"type": "video"}, "without a list of frames"),
         ({"type": "image"}, "has no image"),
         ({"type": "image", "image": tiny_image(), "resized_height": 5}, "only one of resized_height"),
         ({"type": "image", "image": "http://example.com/a.png"}, "allow_urls"),
