@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,18 @@ class TinyFamily:
         end_of_turn: The token behind an answer.
         pad_token: The token for padding.
         image_tokens: All tokens that stand for images.
-        language_attention: Full names of these projections, and so on.
+        language_attention: Full names of these projections, and so on; none where a projector has no linear layer.
         language_layers: Full names of the decoder layers, first to last.
         vision_layers: Full names of the vision encoders' layers, first to last.
         language_experts: Full names of the 3-D parameters of routed experts.
         idle_parameters: Full names of parameters that the tests' small images do not reach.
         marks_answers: Whether `answer_start` can only stand before an answer; else it is what the tests' own question
             ends with, and nothing stands between the two.
+        answer_lead: What the chat template writes between a generation prompt and an answer, so that models generate it.
+        missing_end: What the stock template leaves out behind a last answer.
+        image_options: What the stock processor asks of its image processor.
+        images_by_row: Whether the stock processor takes a batch's images as one list per row.
+        implied_inputs: Tensors of the stock processor that the model computes itself where they are left out.
     """
 
     build: Callable[[bool], Any]
@@ -51,6 +56,11 @@ class TinyFamily:
     language_experts: tuple[str, ...] = ()
     idle_parameters: tuple[str, ...] = ()
     marks_answers: bool = True
+    answer_lead: str = ""
+    missing_end: str = ""
+    image_options: Mapping[str, Any] = field(default_factory=dict)
+    images_by_row: bool = False
+    implied_inputs: tuple[str, ...] = ()
 
     @property
     def num_linear_layers(self) -> int:
@@ -64,19 +74,29 @@ class TinyFamily:
             return lora
         return lora.model_copy(update={"exclude_modules": (*lora.exclude_modules, EXPERTS_PATTERN)})
 
+    def possible(self, lora: LoraConfig) -> LoraConfig:
+        """The same settings without what this family cannot have: a bare projector is trained whole instead."""
+        lora = self.without_experts(lora)
+        if self.projector or not lora.finetune_projector:
+            return lora
+        whole = (*lora.modules_to_save, "multi_modal_projector")
+        return lora.model_copy(update={"finetune_projector": False, "modules_to_save": whole})
 
-def stock_pixels(oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:
+
+def stock_pixels(facts: TinyFamily, oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:
     """Image tensors of a stock processor for a batch.
 
     Args:
+        facts: Of its family.
         oracle: The stock processor.
         rows: Images of each row.
         options: For its image processor.
     """
-    nested = type(oracle).__name__ == "MllamaProcessor"
-    images = rows if nested else [image for row in rows for image in row]
-    output, _ = oracle._process_images(images, return_tensors="pt", **options)
-    return {name: value for name, value in output.items() if name != "num_tiles"}
+    images = rows if facts.images_by_row else [image for row in rows for image in row]
+    settings = {**getattr(oracle, "images_kwargs", {}), "return_tensors": "pt", **options}
+    output, _ = oracle._process_images(images, **settings)
+    for_the_text = ("num_tiles", "rows", "cols", "num_patches", "num_crops")
+    return {name: value for name, value in output.items() if name not in (*for_the_text, *facts.implied_inputs)}
 
 
 def names(pattern: str, numbers: int, endings: tuple[str, ...]) -> tuple[str, ...]:

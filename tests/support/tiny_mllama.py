@@ -155,6 +155,7 @@ MLLAMA = TinyFamily(
         *names("model.vision_model.global_transformer.layers.{}.mlp.", 1, ("fc1", "fc2")),
     ),
     projector=("model.multi_modal_projector",),
+    images_by_row=True,
     language_layers=names("model.language_model.layers.{}", 3, ("",)),
     vision_layers=(
         *names("model.vision_model.transformer.layers.{}", 2, ("",)),

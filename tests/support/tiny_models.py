@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tests.support.stock_processors import without_video
 from tests.support.tiny_deepseek_ocr import DEEPSEEK_OCR, DEEPSEEK_OCR2
 from tests.support.tiny_family import TinyFamily, names
+from tests.support.tiny_gemma3 import GEMMA3
+from tests.support.tiny_glm_ocr import GLM_OCR
+from tests.support.tiny_internvl import INTERNVL
 from tests.support.tiny_mistral import MISTRAL3, PIXTRAL
 from tests.support.tiny_mllama import MLLAMA
+from tests.support.tiny_qwen3_vl import QWEN3_VL
 from vlm.builtin.model import fill_with_noise, language_config, media_config, token_config, write_checkpoint
 from vlm.families import FAMILIES
 
@@ -74,33 +79,12 @@ def _qwen2_5_vl(tie: bool) -> Any:
     )
 
 
-def _stock_qwen_processor(processor_class: str, folder: Path) -> Any:
-    """The stock processor without its video part, which needs torchvision."""
-    import transformers
-    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
-
-    stock: Any = getattr(transformers, processor_class)
-
-    class WithoutVideo(stock):  # type: ignore[misc]
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name != "video_processor":
-                return super().check_argument_for_proper_class(argument_name, argument)
-            return None
-
-    return WithoutVideo(
-        Qwen2VLImageProcessorPil.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-        None,
-        chat_template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
-    )
-
-
 def _qwen(build: Callable[[bool], Any], processor_class: str, vision_mlp: tuple[str, ...]) -> TinyFamily:
     return TinyFamily(
         build=build,
         write=partial(write_checkpoint, processor_class=processor_class),
         processor_class=processor_class,
-        stock_processor=partial(_stock_qwen_processor, processor_class),
+        stock_processor=partial(without_video, processor_class, "Qwen2VLImageProcessorPil"),
         answer_start="<|im_start|>assistant\n",
         end_of_turn="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -125,6 +109,10 @@ TINY: dict[str, TinyFamily] = {
     "mistral3": MISTRAL3,
     "deepseek_ocr": DEEPSEEK_OCR,
     "deepseek_ocr2": DEEPSEEK_OCR2,
+    "qwen3_vl": QWEN3_VL,
+    "glm_ocr": GLM_OCR,
+    "internvl": INTERNVL,
+    "gemma3": GEMMA3,
 }
 TINY_FAMILIES = tuple(TINY)
 
@@ -155,3 +143,17 @@ def tiny_conversation(
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
     return messages, [tiny_image(height, width, seed + index) for index, (height, width) in enumerate(image_sizes)]
+
+
+def fitted(processing: Any, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Images as data preparation leaves them: most tiny models take the tests' sizes as they are, some have one size only.
+
+    Args:
+        processing: A `vlm.processing.Processing`.
+        images: uint8 arrays of shape [height, width, 3].
+    """
+    from PIL import Image
+
+    return [
+        processing.resize_image(Image.fromarray(image), processing.target_size(*image.shape[:2])) for image in images
+    ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.support.tiny_models import make_tiny_checkpoint, tiny_conversation
+from tests.support.tiny_models import fitted, make_tiny_checkpoint, tiny_conversation
 from vlm.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def write_dataset(
             for number, (answer, sizes) in enumerate(rows.get(split, ())):
                 seed += 10
                 messages, images = tiny_conversation(answer, sizes, seed)
+                images = fitted(processing, images)
                 encoded = processing.encode(messages, [image.shape[:2] for image in images])
                 sample = Sample(
                     id=None,

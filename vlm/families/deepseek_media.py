@@ -9,7 +9,6 @@ order of a page's tokens is the model's affair; each stands as one image token h
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vlm.errors import DataError
 from vlm.families.areas import within_area
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
-from vlm.families.levels import byte_levels
+from vlm.families.tiles import cut_tiles, nearest_grid, normalised
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,9 +88,6 @@ def target_size(
 def tile_grid(processor: Any, height: int, width: int) -> tuple[int, int] | None:
     """Columns and rows of crops that an image is cut into; None where the global view alone is used.
 
-    The grid nearest to the image's shape is taken. Of grids that are equally near, a larger one comes in where the image
-    has more than half of its pixels; so small images are not blown up.
-
     Args:
         processor: Image processor with `tile_size`, `min_patches`, `max_patches` and `crop_to_patches`.
         height: Height in pixels.
@@ -100,22 +96,7 @@ def tile_grid(processor: Any, height: int, width: int) -> tuple[int, int] | None
     tile = processor.tile_size
     if not processor.crop_to_patches or max(height, width) <= tile:
         return None
-    best, best_distance = (1, 1), math.inf
-    for columns, rows in _grids(processor.min_patches, processor.max_patches):
-        distance = abs(width / height - columns / rows)
-        if distance < best_distance or (
-            distance == best_distance and height * width > 0.5 * tile * tile * columns * rows
-        ):
-            best, best_distance = (columns, rows), distance
-    return best
-
-
-@functools.cache
-def _grids(smallest: int, largest: int) -> tuple[tuple[int, int], ...]:
-    """(columns, rows) of every grid with a number of tiles in the range, fewest tiles first, then fewest columns."""
-    sides = range(1, largest + 1)
-    grids = [(columns, rows) for columns in sides for rows in sides if smallest <= columns * rows <= largest]
-    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])))
+    return nearest_grid(height, width, tile, processor.min_patches, processor.max_patches)
 
 
 def rows_with_breaks_layout(parts: MediaParts, height: int, width: int) -> ImageLayout:
@@ -177,15 +158,12 @@ def pixel_inputs(
         counts.append(0 if grid is None else grid[0] * grid[1])
         grids.append([1, 1] if grid is None else list(grid))
         if grid is not None:
-            columns, rows = grid
-            stretched = np.asarray(page.resize((columns * tile, rows * tile), processor.resample))
-            cut = stretched.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2)
-            crops.extend(cut.reshape(rows * columns, tile, tile, 3))
+            crops.extend(cut_tiles(processor, page, grid, tile))
     if not views:
         return {}
-    inputs: dict[str, Any] = {"pixel_values": _normalised(processor, views), "num_local_patches": counts}
+    inputs: dict[str, Any] = {"pixel_values": normalised(processor, views), "num_local_patches": counts}
     if crops:
-        inputs["pixel_values_local"] = _normalised(processor, crops)
+        inputs["pixel_values_local"] = normalised(processor, crops)
     if with_grids:
         inputs["patches_grid"] = grids
     return inputs
@@ -229,19 +207,6 @@ def padded_like_stock(processor: Any, page: Image.Image) -> np.ndarray:
     top, left = (size - height) // 2, (size - width) // 2
     view[top : top + height, left : left + width] = page.resize((width, height), processor.resample)
     return view
-
-
-def _normalised(processor: Any, views: list[np.ndarray]) -> torch.Tensor:
-    """Bytes to the model's numbers: float32 tensor of shape [views, 3, side, side], by a table of 256 levels per channel."""
-    import numpy as np
-    import torch
-
-    table = byte_levels(processor)
-    values = np.empty((len(views), 3, *views[0].shape[:2]), np.float32)
-    for number, view in enumerate(views):
-        for channel in range(3):
-            np.take(table[channel], view[:, :, channel], out=values[number, channel])
-    return torch.from_numpy(values)
 
 
 def token_inputs(parts: MediaParts, input_ids: torch.Tensor, media: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -114,7 +114,8 @@ class Family:
         language_mlp: Full names of the feed-forward projections of the language model.
         vision_attention: Full names of the attention projections of all vision encoders.
         vision_mlp: Full names of the feed-forward projections of all vision encoders.
-        projector: Full names of the linear layers between vision and language.
+        projector: Full names of the linear layers between vision and language; None where there is no such layer but a
+            bare weight, which cannot carry an adapter and is trained whole or not at all.
         language_expert_parameters: Full names of 3-D expert *parameters* (no modules), which LoRA and quantisation
             have to treat apart; None where the family has none.
         language_layer: Full names of the decoder layers.
@@ -144,6 +145,9 @@ class Family:
             stands between a question and its answer, so that a token could reach over both.
         box_convention: How answers of these models give coordinates: in pixels of the image at its target size
             (``"absolute"``), or relative to its sides, from 0 to 1, 999 or 1000.
+        answer_end: The token that ends a generated answer, where the chat template writes none behind an answer but leaves
+            it to the start of the next turn: encoding writes it behind the last answer, and it is learnt behind each.
+            None where the template ends answers itself.
         generation_defaults: Generation settings for checkpoints without `generation_config.json`.
         packing: How conversations share one row; None for a family that trains on padded batches.
     """
@@ -159,7 +163,7 @@ class Family:
     language_mlp: str
     vision_attention: str
     vision_mlp: str
-    projector: str
+    projector: str | None
     language_expert_parameters: str | None = None
     language_layer: str
     vision_layer: str
@@ -182,6 +186,7 @@ class Family:
     markup_tokens: tuple[str, ...] = ()
     cut_before_answers: bool = False
     box_convention: BoxConvention = "normalized_1000"
+    answer_end: str | None = None
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     packing: Packing | None = None
 

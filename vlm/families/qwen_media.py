@@ -1,4 +1,4 @@
-"""Image handling that Qwen2-VL and Qwen2.5-VL share: native resolution, patches merged 2 x 2, one token each."""
+"""Image handling that the Qwen-VL models share: native resolution, patches merged 2 x 2, one token each."""
 
 from __future__ import annotations
 
@@ -42,14 +42,42 @@ def target_size(
         DataError: The image is longer than 200 times its width or the other way round.
     """
     processor = parts.image_processor
-    factor = processor.patch_size * processor.merge_size
     smallest = processor.size["shortest_edge"] if min_pixels is None else min_pixels
     largest = processor.size["longest_edge"] if max_pixels is None else max_pixels
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise DataError(
-            f"an image of {height} x {width} pixels is more elongated than 1 : {MAX_ASPECT_RATIO}, which the model's image"
-            " processor refuses; crop it or cut it into pieces"
-        )
+        raise too_elongated(height, width)
+    return whole_merged_patches(parts, height, width, smallest, largest)
+
+
+def too_elongated(height: int, width: int) -> DataError:
+    """What to raise for an image that the stock processor refuses.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+    """
+    return DataError(
+        f"an image of {height} x {width} pixels is more elongated than 1 : {MAX_ASPECT_RATIO}, which the model's image"
+        " processor refuses; crop it or cut it into pieces"
+    )
+
+
+def whole_merged_patches(
+    parts: MediaParts, height: int, width: int, smallest: float, largest: float
+) -> tuple[int, int]:
+    """The nearest size whose sides are whole merged patches and whose area is within limits.
+
+    Args:
+        parts: Processor pieces.
+        height: Height in pixels.
+        width: Width in pixels.
+        smallest: Least area in pixels.
+        largest: Greatest area in pixels.
+
+    Returns:
+        Height and width in pixels.
+    """
+    factor = parts.image_processor.patch_size * parts.image_processor.merge_size
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > largest:
         shrink = math.sqrt(height * width / largest)
@@ -63,11 +91,11 @@ def target_size(
     return new_height, new_width
 
 
-def image_layout(parts: MediaParts, height: int, width: int) -> ImageLayout:
+def image_layout(parts: MediaParts, height: int, width: int, *, image_token: str = IMAGE_TOKEN) -> ImageLayout:
     """One image token per merged patch of an image at its target size."""
     processor = parts.image_processor
     factor = processor.patch_size * processor.merge_size
-    return (Run(IMAGE_TOKEN, (height // factor) * (width // factor)),)
+    return (Run(image_token, (height // factor) * (width // factor)),)
 
 
 def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor]:

@@ -9,15 +9,31 @@ from vlm.errors import ModelError, near_names
 from vlm.families.deepseek_ocr import DEEPSEEK_OCR
 from vlm.families.deepseek_ocr2 import DEEPSEEK_OCR2
 from vlm.families.family import Family
+from vlm.families.gemma3 import GEMMA3
+from vlm.families.glm_ocr import GLM_OCR
+from vlm.families.internvl import INTERNVL
 from vlm.families.mistral3 import MISTRAL3
 from vlm.families.mllama import MLLAMA
 from vlm.families.pixtral import PIXTRAL
 from vlm.families.qwen2_5_vl import QWEN2_5_VL
 from vlm.families.qwen2_vl import QWEN2_VL
+from vlm.families.qwen3_vl import QWEN3_VL
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (QWEN2_VL, QWEN2_5_VL, MLLAMA, PIXTRAL, MISTRAL3, DEEPSEEK_OCR, DEEPSEEK_OCR2)
+    for family in (
+        QWEN2_VL,
+        QWEN2_5_VL,
+        MLLAMA,
+        PIXTRAL,
+        MISTRAL3,
+        DEEPSEEK_OCR,
+        DEEPSEEK_OCR2,
+        QWEN3_VL,
+        GLM_OCR,
+        INTERNVL,
+        GEMMA3,
+    )
 }
 
 

@@ -103,7 +103,11 @@ def select_targets(model_or_names: Any, family: Family, lora: LoraConfig) -> lis
 
 
 def switched_patterns(family: Family, lora: LoraConfig) -> list[str]:
-    """The family's patterns that the switches turn on."""
+    """The family's patterns that the switches turn on.
+
+    Raises:
+        LoraError: The projector is switched on and has no linear layer.
+    """
     on = []
     for tower, attention, mlp in (
         (lora.finetune_vision_layers, family.vision_attention, family.vision_mlp),
@@ -115,7 +119,13 @@ def switched_patterns(family: Family, lora: LoraConfig) -> list[str]:
             on.append(mlp)
     if lora.finetune_language_layers and lora.finetune_mlp_modules and family.language_expert_parameters is not None:
         on.append(family.language_expert_parameters)
-    if lora.finetune_projector:
+    if lora.finetune_projector and family.projector is None:
+        raise LoraError(
+            f"lora.finetune_projector is on, but the projector of {family.title} is a bare weight without a linear layer"
+            " that could carry an adapter; turn it off, or train the projector whole with"
+            " lora.modules_to_save: ['multi_modal_projector']"
+        )
+    if lora.finetune_projector and family.projector is not None:
         on.append(family.projector)
     return on
 

@@ -11,7 +11,9 @@ times as much to find as one.
 
 Where the assistant's words are is read off prefixes of the rendered text: up to the words it equals the conversation
 before them with a generation prompt, up to their end the conversation with them. So it works for every template that
-renders a conversation from front to back, without a word about any single one.
+renders a conversation from front to back, without a word about any single one. A template that writes no end behind an
+answer, because the next turn's start is what ends it (`Family.answer_end`), gets that start behind a last answer, too:
+a model that never sees its answers end would not learn to end them.
 
 Most rows share their structure with the row before; `vlm.processing.skeleton` encodes those for a tenth of the cost. What it
 cannot prove to come out the same takes the way above.
@@ -131,7 +133,7 @@ class ChatEncoder:
         self, messages: Sequence[Mapping[str, Any]], layouts: Sequence[ImageLayout], add_generation_prompt: bool
     ) -> Encoded | None:
         found = structure_of(messages, add_generation_prompt)
-        if found is None:
+        if found is None or self._family.answer_end is not None:
             return None
         structure, texts = found
         search = self._control_tokens.search
@@ -175,6 +177,8 @@ class ChatEncoder:
         messages, protected = self._protect(messages)
         text = self._render(messages, add_generation_prompt)
         turns = self._assistant_turns(messages, text, add_generation_prompt)
+        if self._family.answer_end is not None:
+            text, turns = _ended(text, turns, self._family.answer_end, not add_generation_prompt)
         segments, runs, turns = self._expand(text, turns, layouts, protected)
         ids, starts, ends = self._tokenise(segments)
         return _write_out(ids, starts, ends, turns, runs, self._backend.token_to_id)
@@ -359,6 +363,24 @@ class ChatEncoder:
             description["padding"] = description["truncation"] = None
             self._plain_backend = tokenizers.Tokenizer.from_str(json.dumps(description))
         return self._plain_backend
+
+
+def _ended(
+    text: str, turns: Sequence[tuple[int, int]], answer_end: str, at_its_end: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """Moves the end of each turn behind the token that ends it; writes that token where the text ends with a turn.
+
+    Args:
+        text: Rendered conversation.
+        turns: Ranges of characters with the assistant's words.
+        answer_end: The token.
+        at_its_end: Whether the text may be ended.
+    """
+    if at_its_end and turns and not text[turns[-1][1] :].strip() and not text.rstrip().endswith(answer_end):
+        text += answer_end
+    pattern = re.compile(rf"\s*{re.escape(answer_end)}")
+    ends = [match.end() if (match := pattern.match(text, last)) else last for _, last in turns]
+    return text, [(first, end) for (first, _), end in zip(turns, ends, strict=True)]
 
 
 def _cut(segment: _Segment, places: Sequence[int]) -> list[_Segment]:

@@ -72,7 +72,7 @@ def test_the_merged_model_is_the_adapted_one(
 
     run = tiny_run(model_type, quantization)
     if lora is RICH:
-        lora = TINY[model_type].without_experts(lora)
+        lora = TINY[model_type].possible(lora)
     adapter = make_adapter(run, tmp_path / "adapter", lora)
     batch = batch_of(run.loaded, run.dataset_dir, "train", [0, 1, 2])
     with attached(run.loaded, adapter) as model:

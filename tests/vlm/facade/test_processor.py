@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import vlm
-from tests.support.tiny_models import TINY_FAMILIES, tiny_conversation, tiny_image
+from tests.support.tiny_models import TINY_FAMILIES, fitted, tiny_conversation, tiny_image
 from vlm.errors import ConfigError, DataError
 from vlm.families import Video
 from vlm.processing import Processing
@@ -43,7 +43,7 @@ def test_inputs_are_those_of_the_core(load: Callable, model_type: str) -> None:
     for number, row in enumerate(rows):  # padded on the left, for generation
         assert batch["input_ids"][number, -len(row) :].tolist() == row
         assert batch["attention_mask"][number].sum() == len(row)
-    pixels = core.pixel_inputs([own for _, own in questions])
+    pixels = core.pixel_inputs([fitted(core, own) for _, own in questions])
     for name, tensor in core.model_inputs(batch["input_ids"], pixels).items():
         torch.testing.assert_close(batch[name], tensor, rtol=0, atol=0)
     from_messages = processor.apply_chat_template(

@@ -48,7 +48,7 @@ def test_each_linear_layer_is_in_exactly_one_group(family: Family, model: Any) -
     )
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and family.part_of(name) != "head":
-            assert sum(re.fullmatch(pattern, name) is not None for pattern in groups) == 1, name
+            assert sum(re.fullmatch(pattern, name) is not None for pattern in groups if pattern is not None) == 1, name
 
 
 def test_groups_hold_linear_layers_of_their_part(family: Family, model: Any) -> None:
@@ -60,6 +60,10 @@ def test_groups_hold_linear_layers_of_their_part(family: Family, model: Any) -> 
         (family.vision_mlp, "vision"),
         (family.projector, "projector"),
     ):
+        if pattern is None:
+            linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+            assert not any(family.part_of(name) == part for name in linear)
+            continue
         found = names_matching(model, pattern)
         assert found
         assert {type(modules[name]) for name in found} == {torch.nn.Linear}

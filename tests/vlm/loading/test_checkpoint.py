@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.tiny_models import tiny_conversation
+from tests.support.tiny_models import fitted, tiny_conversation
 from tests.vlm.loading.conftest import Checkpoint
 from vlm.config.model import Quantization
 from vlm.errors import ModelError
@@ -24,7 +24,10 @@ QUANTIZATIONS: tuple[Quantization, ...] = ("nf4", "int8", "none")
 def inputs_of(loaded: LoadedModel) -> dict[str, torch.Tensor]:
     messages, images = tiny_conversation("Total 12.50", ((56, 84), (84, 112)))
     ids = torch.tensor([loaded.processing.encode(messages, [image.shape[:2] for image in images]).input_ids])
-    return {"input_ids": ids, **loaded.processing.model_inputs(ids, loaded.processing.pixel_inputs(images))}
+    return {
+        "input_ids": ids,
+        **loaded.processing.model_inputs(ids, loaded.processing.pixel_inputs(fitted(loaded.processing, images))),
+    }
 
 
 @torch.no_grad()

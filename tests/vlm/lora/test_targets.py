@@ -37,8 +37,12 @@ def test_switches_give_exactly_these_modules(
 ) -> None:
     run = tiny_run(model_type)
     lora = LoraConfig(**(ALL_OFF | {f"finetune_{name}": True for name in switches}))
-    chosen = select_targets(run.loaded.model, run.loaded.family, lora)
     facts = TINY[model_type]
+    if "projector" in parts and not facts.projector:
+        with pytest.raises(LoraError, match=r"is a bare weight.*modules_to_save: \['multi_modal_projector'\]"):
+            select_targets(run.loaded.model, run.loaded.family, lora)
+        return
+    chosen = select_targets(run.loaded.model, run.loaded.family, lora)
     golden = [name for part in parts for name in getattr(facts, part)]
     if "language_mlp" in parts:
         golden += facts.language_experts
@@ -64,7 +68,9 @@ def test_only_the_last_layers(
     num_vision_layers: int | None,
 ) -> None:
     run, tiny = tiny_run(model_type), TINY[model_type]
-    chosen = select_targets(run.loaded.model, run.loaded.family, LoraConfig(**settings, finetune_projector=True))
+    chosen = select_targets(
+        run.loaded.model, run.loaded.family, LoraConfig(**settings, finetune_projector=bool(tiny.projector))
+    )
     expected = list(tiny.projector)
     for names, layers, number in (
         (

@@ -54,8 +54,13 @@ def test_image_tensors_follow_the_rows(tiny_run: Callable, model_type: str) -> N
     elif "deepseek" in model_type:
         assert batch["pixel_values"].shape == (3, 3, 256, 256)
         assert batch["num_local_patches"] == [0, 0, 0 if model_type == "deepseek_ocr2" else 2]  # crops of 192, of 128
+    elif model_type == "internvl":
+        assert batch["pixel_values"].shape == (3 + 1 + 4, 3, 56, 56)  # 2 tiles, 1, 3; thumbnails behind several
+    elif model_type == "gemma3":
+        assert batch["pixel_values"].shape == (3, 3, 56, 56)
+        assert batch["token_type_ids"].sum() == 3 * 4
     else:
         assert batch["image_grid_thw"].tolist() == [[1, 4, 6], [1, 4, 4], [1, 4, 10]]
         assert batch["pixel_values"].shape[0] == 24 + 16 + 40
     text_only = batch_of(run.loaded, run.dataset_dir, "train", [2])
-    assert set(text_only) - {"mm_token_type_ids"} == {"input_ids", "attention_mask", "labels"}
+    assert set(text_only) - {"mm_token_type_ids", "token_type_ids"} == {"input_ids", "attention_mask", "labels"}

@@ -37,6 +37,8 @@ def test_each_part_learns_at_its_own_rate(
     tiny_run: Callable, tmp_path: Path, model_type: str, lora: LoraConfig
 ) -> None:
     run = tiny_run(model_type)
+    if not lora.full_finetuning and not TINY[model_type].projector:
+        lora = lora.model_copy(update={"finetune_projector": False, "modules_to_save": ("multi_modal_projector",)})
     rates = {"vision": 1e-4, "projector": 3e-4, "language": 1e-3}
     training = Training(
         run,
@@ -66,7 +68,8 @@ def test_each_part_learns_at_its_own_rate(
     assert set(gradients.found) == set(parameters) - set(TINY[model_type].idle_parameters)
     groups = []
     for key, tensor in parameters.items():
-        is_projector = any(word in key for word in ("visual.merger", "projector", "image_newline", "view_sep"))
+        projectors = ("visual.merger", "deepstack_merger", "downsample.", "projector", "image_newline", "view_sep")
+        is_projector = any(word in key for word in projectors)
         towers = ("visual.", "vision_tower.", "vision_model.", "sam_model.", "qwen2_model.", "query_768", "query_1024")
         is_vision = any(word in key for word in towers)
         part = "projector" if is_projector else "vision" if is_vision else "language"
