@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def positions(packed: PackedSamples) -> torch.Tensor:
+def positions(packed: PackedSamples, *, image_token: str = IMAGE_TOKEN, video_token: str = VIDEO_TOKEN) -> torch.Tensor:
     """Positions of a packed row, each sample's as the model itself derives them for the sample alone.
 
     Text advances all three axes by one per token. The tokens of an image or a video stand on a grid that starts where the
@@ -20,6 +20,8 @@ def positions(packed: PackedSamples) -> torch.Tensor:
 
     Args:
         packed: The samples.
+        image_token: Stands for a merged patch of an image.
+        video_token: The same of a video.
 
     Returns:
         Shape [4, 1, tokens]: the place in the sample, by which masks are made, then time, row and column.
@@ -27,8 +29,8 @@ def positions(packed: PackedSamples) -> torch.Tensor:
     import torch
 
     grids = {
-        packed.parts.token_id(IMAGE_TOKEN): _image_grids(packed),
-        packed.parts.token_id(VIDEO_TOKEN): _video_grids(packed),
+        packed.parts.token_id(image_token): _image_grids(packed),
+        packed.parts.token_id(video_token): _video_grids(packed),
     }
     rows = []
     for ids, count in zip(packed.samples, packed.num_media, strict=True):
