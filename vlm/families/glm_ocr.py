@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from vlm.families import glm_media, qwen_media
-from vlm.families.family import Family
+from vlm.families import glm_media, qwen_media, qwen_packing
+from vlm.families.family import Family, Packing
 
 GLM_OCR = Family(
     model_type="glm_ocr",
@@ -36,4 +36,9 @@ GLM_OCR = Family(
     pixel_inputs=qwen_media.pixel_inputs,
     token_inputs=glm_media.token_inputs,
     answer_end="<|user|>",
+    packing=Packing(
+        tower_segments=True,
+        positions=partial(qwen_packing.positions, image_token=glm_media.IMAGE_TOKEN, video_token="<|video|>"),
+        tower_inputs=qwen_packing.tower_inputs,
+    ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlm.families import internvl_media
-from vlm.families.family import Family
+from vlm.families.family import Family, Packing
 
 INTERNVL = Family(
     model_type="internvl",
@@ -34,4 +34,5 @@ INTERNVL = Family(
     pixel_inputs=internvl_media.pixel_inputs,
     token_inputs=internvl_media.token_inputs,
     patches_per_token=internvl_media.patches_per_token,
+    packing=Packing(tower_segments=False),
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vlm.training.test_train import Training, fill
+from tests.support.tiny_training import Training, fill
 from vlm.config import LoraConfig
 from vlm.errors import ResourceError
 from vlm.lora.build import build_adapter
