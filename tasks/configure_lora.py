@@ -20,7 +20,7 @@ def configure_lora(session: Session, checkpoint: ArtifactRef) -> ArtifactRef:
         from vlm.lora.build import build_adapter
 
         loaded = held_model(session, checkpoint)
-        return build_adapter(loaded, session.config.lora, stage / "adapter", base_digest=checkpoint.digest).to_json()
+        return build_adapter(loaded, session.config.lora, stage / "adapter").to_json()
 
     result = session.run("configure_lora", {"checkpoint": checkpoint}, build)
     return finish(session, "configure_lora", result.outputs["adapter"])

@@ -20,4 +20,8 @@ def held_model(session: Session, checkpoint: ArtifactRef) -> LoadedModel:
     from vlm.loading.holder import hold
 
     device = session.resolved.device
-    return hold(f"{checkpoint.digest}:{device}", lambda: load_checkpoint(session.local(checkpoint), device=device))
+
+    def load() -> LoadedModel:
+        return load_checkpoint(session.local(checkpoint), device=device, digest=checkpoint.digest)
+
+    return hold(f"{checkpoint.digest}:{device}", load)

@@ -365,6 +365,7 @@ def _tiny(
     encoder: str,
     attention: tuple[str, ...],
     mlp: tuple[str, ...],
+    idle_parameters: tuple[str, ...] = (),
 ) -> TinyFamily:
     experts = "model.language_model.layers.1.mlp.experts."
     return TinyFamily(
@@ -391,6 +392,9 @@ def _tiny(
         ),
         vision_mlp=(*names(_SAM + "mlp.", 2, ("lin1", "lin2")), *names(encoder + "mlp.", 2, mlp)),
         projector=("model.multi_modal_projector",),
+        language_layers=("model.language_model.layers.0", "model.language_model.layers.1"),
+        vision_layers=(*names(_SAM[:-1], 2, ("",)), *names(encoder[:-1], 2, ("",))),
+        idle_parameters=idle_parameters,
     )
 
 
@@ -409,4 +413,6 @@ DEEPSEEK_OCR2 = _tiny(
     "model.vision_tower.vision_encoder.layers.{}.",
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     _LANGUAGE_MLP,
+    # The queries for crops; no image of the tests' datasets is larger than one crop.
+    idle_parameters=("model.vision_tower.query_768_resolution.weight",),
 )

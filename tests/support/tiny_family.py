@@ -24,10 +24,16 @@ class TinyFamily:
         end_of_turn: The token behind an answer.
         pad_token: The token for padding.
         image_tokens: All tokens that stand for images.
-        language_attention: Full names of these layers, and so on.
+        language_attention: Full names of these projections, and so on.
+        language_layers: Full names of the decoder layers, first to last.
+        vision_layers: Full names of the vision encoders' layers, first to last.
         language_experts: Full names of the 3-D parameters of routed experts.
+        idle_parameters: Full names of parameters that the tests' small images do not reach.
         marks_answers: Whether `answer_start` can only stand before an answer; else it is what the tests' own question
             ends with, and nothing stands between the two.
+        answer_lead: What the chat template writes between a generation prompt and an answer, so that models generate it.
+        images_by_row: Whether the stock processor takes a batch's images as one list per row.
+        implied_inputs: Tensors of the stock processor that the model computes itself where they are left out.
     """
 
     build: Callable[[bool], Any]
@@ -43,8 +49,14 @@ class TinyFamily:
     vision_attention: tuple[str, ...]
     vision_mlp: tuple[str, ...]
     projector: tuple[str, ...]
+    language_layers: tuple[str, ...]
+    vision_layers: tuple[str, ...]
     language_experts: tuple[str, ...] = ()
+    idle_parameters: tuple[str, ...] = ()
     marks_answers: bool = True
+    answer_lead: str = ""
+    images_by_row: bool = False
+    implied_inputs: tuple[str, ...] = ()
 
     @property
     def num_linear_layers(self) -> int:
@@ -59,18 +71,20 @@ class TinyFamily:
         return lora.model_copy(update={"exclude_modules": (*lora.exclude_modules, EXPERTS_PATTERN)})
 
 
-def stock_pixels(oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:
+def stock_pixels(facts: TinyFamily, oracle: Any, rows: list[list[Any]], **options: Any) -> dict[str, Any]:
     """Image tensors of a stock processor for a batch.
 
     Args:
+        facts: Of its family.
         oracle: The stock processor.
         rows: Images of each row.
         options: For its image processor.
     """
-    nested = type(oracle).__name__ == "MllamaProcessor"
-    images = rows if nested else [image for row in rows for image in row]
-    output, _ = oracle._process_images(images, return_tensors="pt", **options)
-    return {name: value for name, value in output.items() if name != "num_tiles"}
+    if facts.images_by_row:
+        output = oracle.image_processor(rows, return_tensors="pt", **options)
+    else:
+        output, _ = oracle._process_images([image for row in rows for image in row], return_tensors="pt", **options)
+    return {name: value for name, value in output.items() if name not in ("num_tiles", *facts.implied_inputs)}
 
 
 def names(pattern: str, numbers: int, endings: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,15 +1,16 @@
-"""What tiny Pixtral and Mistral 3 checkpoints share: tokens, chat template, language model, vision tower, processor."""
+"""Tiny random checkpoints of Pixtral, and of Mistral 3, whose projector merges 2 x 2 patches into one token."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import sys
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from tests.support.tiny_family import names
+from tests.support.tiny_family import TinyFamily, names
 from tests.support.tiny_tokenizers import MAX_LENGTH_TOKENS, NUM_ORDINARY, tokenizer_with
 
 SPECIAL_TOKENS = (
@@ -38,13 +39,6 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 """
 
-LANGUAGE_ATTENTION = names("model.language_model.layers.{}.self_attn.", 2, ("q_proj", "k_proj", "v_proj", "o_proj"))
-LANGUAGE_MLP = names("model.language_model.layers.{}.mlp.", 2, ("gate_proj", "up_proj", "down_proj"))
-VISION_ATTENTION = names(
-    "model.vision_tower.transformer.layers.{}.attention.", 2, ("q_proj", "k_proj", "v_proj", "o_proj")
-)
-VISION_MLP = names("model.vision_tower.transformer.layers.{}.feed_forward.", 2, ("gate_proj", "up_proj", "down_proj"))
-
 
 @lru_cache(maxsize=1)
 def tokenizer() -> Any:
@@ -52,7 +46,7 @@ def tokenizer() -> Any:
     return tokenizer_with(SPECIAL_TOKENS, bos="<s>", eos="</s>", pad="<pad>", chat_template=CHAT_TEMPLATE)
 
 
-def text_config(tie: bool) -> dict[str, Any]:
+def _text_config(tie: bool) -> dict[str, Any]:
     """A language model whose heads together are wider than its residual stream, as in Pixtral and Mistral Small."""
     convert = tokenizer().convert_tokens_to_ids
     return {
@@ -74,7 +68,7 @@ def text_config(tie: bool) -> dict[str, Any]:
     }
 
 
-def vision_config() -> dict[str, Any]:
+def _vision_config() -> dict[str, Any]:
     """A vision tower of two layers."""
     return {
         "model_type": "pixtral",
@@ -87,7 +81,7 @@ def vision_config() -> dict[str, Any]:
     }
 
 
-def write(model: Any, directory: Path, *, spatial_merge_size: int) -> None:
+def _write(model: Any, directory: Path, *, spatial_merge_size: int) -> None:
     """Writes a checkpoint folder laid out like those on the Hub."""
     from transformers import GenerationConfig
 
@@ -123,7 +117,7 @@ def write(model: Any, directory: Path, *, spatial_merge_size: int) -> None:
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def stock_processor(folder: Path) -> Any:
+def _stock_processor(folder: Path) -> Any:
     """`PixtralProcessor` over the Pillow image processor.
 
     Its module wants torchvision only for one function, of which the Pillow module has a copy.
@@ -147,3 +141,61 @@ def stock_processor(folder: Path) -> Any:
         spatial_merge_size=settings["spatial_merge_size"],
         chat_template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
     )
+
+
+def _build_pixtral(tie: bool) -> Any:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=_text_config(tie),
+            vision_config=_vision_config(),
+            image_token_index=tokenizer().convert_tokens_to_ids("[IMG]"),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            image_seq_length=1,
+            tie_word_embeddings=tie,
+        )
+    )
+
+
+def _build_mistral3(tie: bool) -> Any:
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    return Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config=_text_config(tie),
+            vision_config=_vision_config(),
+            image_token_index=tokenizer().convert_tokens_to_ids("[IMG]"),
+            spatial_merge_size=2,
+            tie_word_embeddings=tie,
+        )
+    )
+
+
+def _tiny(build: Callable[[bool], Any], spatial_merge_size: int, projector: tuple[str, ...]) -> TinyFamily:
+    vision_layer = "model.vision_tower.transformer.layers.{}"
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    mlp = ("gate_proj", "up_proj", "down_proj")
+    return TinyFamily(
+        build=build,
+        write=partial(_write, spatial_merge_size=spatial_merge_size),
+        processor_class="PixtralProcessor",
+        stock_processor=_stock_processor,
+        answer_start="[/INST]",
+        end_of_turn="</s>",
+        pad_token="<pad>",
+        image_tokens=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        language_attention=names("model.language_model.layers.{}.self_attn.", 2, attention),
+        language_mlp=names("model.language_model.layers.{}.mlp.", 2, mlp),
+        vision_attention=names(f"{vision_layer}.attention.", 2, attention),
+        vision_mlp=names(f"{vision_layer}.feed_forward.", 2, mlp),
+        projector=projector,
+        language_layers=names("model.language_model.layers.{}", 2, ("",)),
+        vision_layers=names(vision_layer, 2, ("",)),
+    )
+
+
+_LINEAR = ("model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2")
+PIXTRAL = _tiny(_build_pixtral, 1, _LINEAR)
+MISTRAL3 = _tiny(_build_mistral3, 2, ("model.multi_modal_projector.patch_merger.merging_layer", *_LINEAR))

@@ -155,4 +155,10 @@ MLLAMA = TinyFamily(
         *names("model.vision_model.global_transformer.layers.{}.mlp.", 1, ("fc1", "fc2")),
     ),
     projector=("model.multi_modal_projector",),
+    language_layers=names("model.language_model.layers.{}", 3, ("",)),
+    vision_layers=(
+        *names("model.vision_model.transformer.layers.{}", 2, ("",)),
+        "model.vision_model.global_transformer.layers.0",
+    ),
+    images_by_row=True,
 )

@@ -11,9 +11,11 @@ import numpy as np
 
 from tests.support.tiny_deepseek_ocr import DEEPSEEK_OCR, DEEPSEEK_OCR2
 from tests.support.tiny_family import TinyFamily, names
-from tests.support.tiny_mistral3 import MISTRAL3
+from tests.support.tiny_idefics3 import IDEFICS3, SMOLVLM
+from tests.support.tiny_lighton_ocr import LIGHTON_OCR
+from tests.support.tiny_mistral import MISTRAL3, PIXTRAL
 from tests.support.tiny_mllama import MLLAMA
-from tests.support.tiny_pixtral import PIXTRAL
+from tests.support.tiny_paddleocr_vl import PADDLEOCR_VL
 from vlm.builtin.model import fill_with_noise, language_config, media_config, token_config, write_checkpoint
 from vlm.families import FAMILIES
 
@@ -113,6 +115,8 @@ def _qwen(build: Callable[[bool], Any], processor_class: str, vision_mlp: tuple[
         vision_attention=names("model.visual.blocks.{}.attn.", 2, ("qkv", "proj")),
         vision_mlp=names("model.visual.blocks.{}.mlp.", 2, vision_mlp),
         projector=("model.visual.merger.mlp.0", "model.visual.merger.mlp.2"),
+        language_layers=("model.language_model.layers.0", "model.language_model.layers.1"),
+        vision_layers=("model.visual.blocks.0", "model.visual.blocks.1"),
     )
 
 
@@ -124,6 +128,10 @@ TINY: dict[str, TinyFamily] = {
     "mistral3": MISTRAL3,
     "deepseek_ocr": DEEPSEEK_OCR,
     "deepseek_ocr2": DEEPSEEK_OCR2,
+    "idefics3": IDEFICS3,
+    "smolvlm": SMOLVLM,
+    "paddleocr_vl": PADDLEOCR_VL,
+    "lighton_ocr": LIGHTON_OCR,
 }
 TINY_FAMILIES = tuple(TINY)
 

@@ -12,12 +12,12 @@ NUM_ORDINARY = VOCAB_SIZE - len(BUILTIN_SPECIAL_TOKENS)
 MAX_LENGTH_TOKENS = 4096
 
 
-def tokenizer_with(special_tokens: tuple[str, ...], *, bos: str, eos: str, pad: str, chat_template: str) -> Any:
-    """A byte-level tokenizer that puts `bos` before a text, as those of Llama and Mistral do.
+def tokenizer_with(special_tokens: tuple[str, ...], *, bos: str | None, eos: str, pad: str, chat_template: str) -> Any:
+    """A byte-level tokenizer that puts `bos` before a text, as those of Llama and Mistral do, if there is one.
 
     Args:
         special_tokens: Their ids follow those of the ordinary tokens, in this order.
-        bos: Token before a text.
+        bos: Token before a text; None for none.
         eos: Token behind one.
         pad: Token for padding.
         chat_template: Jinja source.
@@ -32,8 +32,10 @@ def tokenizer_with(special_tokens: tuple[str, ...], *, bos: str, eos: str, pad: 
     backend.add_special_tokens(
         [tokenizers.AddedToken(token, special=True, normalized=False) for token in special_tokens]
     )
-    first = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
-    backend.post_processor = Sequence([ByteLevel(trim_offsets=False), first])
+    backend.post_processor = ByteLevel(trim_offsets=False)
+    if bos is not None:
+        first = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))])
+        backend.post_processor = Sequence([backend.post_processor, first])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad, model_max_length=MAX_LENGTH_TOKENS
     )

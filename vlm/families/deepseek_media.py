@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vlm.errors import DataError
+from vlm.families.areas import within_area
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
+from vlm.families.levels import byte_levels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,14 +83,7 @@ def target_size(
             f"an image of {height} x {width} pixels is so elongated that the model would see a line less than a pixel wide;"
             " crop it or cut it into pieces"
         )
-    area = height * width
-    if max_pixels is not None and area > max_pixels:
-        scale = math.sqrt(max_pixels / area)
-        return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
-    if min_pixels is not None and area < min_pixels:
-        scale = math.sqrt(min_pixels / area)
-        return math.ceil(height * scale), math.ceil(width * scale)
-    return height, width
+    return within_area(height, width, min_pixels, max_pixels)
 
 
 def tile_grid(processor: Any, height: int, width: int) -> tuple[int, int] | None:
@@ -241,12 +236,7 @@ def _normalised(processor: Any, views: list[np.ndarray]) -> torch.Tensor:
     import numpy as np
     import torch
 
-    levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-    if processor.do_rescale:
-        levels = processor.rescale(levels, processor.rescale_factor)
-    if processor.do_normalize:
-        levels = processor.normalize(levels, processor.image_mean, processor.image_std)
-    table = np.asarray(levels, np.float32).reshape(3, 256)
+    table = byte_levels(processor)
     values = np.empty((len(views), 3, *views[0].shape[:2]), np.float32)
     for number, view in enumerate(views):
         for channel in range(3):

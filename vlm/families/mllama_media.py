@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vlm.families.areas import within_area
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
 from vlm.families.levels import byte_levels
 
@@ -43,13 +44,7 @@ def target_size(
         Height and width in pixels.
     """
     tile, max_tiles = _tiles(parts)
-    area = height * width
-    if max_pixels is not None and area > max_pixels:
-        factor = math.sqrt(max_pixels / area)
-        height, width = max(1, math.floor(height * factor)), max(1, math.floor(width * factor))
-    elif min_pixels is not None and area < min_pixels:
-        factor = math.sqrt(min_pixels / area)
-        height, width = math.ceil(height * factor), math.ceil(width * factor)
+    height, width = within_area(height, width, min_pixels, max_pixels)
     canvas = _canvas(height, width, tile, max_tiles)
     height, width = _fit(height, width, canvas, tile)
     if _canvas(height, width, tile, max_tiles) == canvas:

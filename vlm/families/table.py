@@ -9,15 +9,31 @@ from vlm.errors import ModelError, near_names
 from vlm.families.deepseek_ocr import DEEPSEEK_OCR
 from vlm.families.deepseek_ocr2 import DEEPSEEK_OCR2
 from vlm.families.family import Family
+from vlm.families.idefics3 import IDEFICS3
+from vlm.families.lighton_ocr import LIGHTON_OCR
 from vlm.families.mistral3 import MISTRAL3
 from vlm.families.mllama import MLLAMA
+from vlm.families.paddleocr_vl import PADDLEOCR_VL
 from vlm.families.pixtral import PIXTRAL
 from vlm.families.qwen2_5_vl import QWEN2_5_VL
 from vlm.families.qwen2_vl import QWEN2_VL
+from vlm.families.smolvlm import SMOLVLM
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (QWEN2_VL, QWEN2_5_VL, MLLAMA, PIXTRAL, MISTRAL3, DEEPSEEK_OCR, DEEPSEEK_OCR2)
+    for family in (
+        QWEN2_VL,
+        QWEN2_5_VL,
+        MLLAMA,
+        PIXTRAL,
+        MISTRAL3,
+        DEEPSEEK_OCR,
+        DEEPSEEK_OCR2,
+        IDEFICS3,
+        SMOLVLM,
+        PADDLEOCR_VL,
+        LIGHTON_OCR,
+    )
 }
 
 

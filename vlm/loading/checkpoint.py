@@ -35,6 +35,7 @@ class LoadedModel:
         device: ``"cpu"`` or ``"cuda"``.
         dtype: Name of the torch dtype of computation.
         checkpoint_dir: Folder it came from.
+        digest: Of the checkpoint, by which adapters know their base; None where nobody gave one.
     """
 
     model: PreTrainedModel
@@ -43,14 +44,16 @@ class LoadedModel:
     device: str
     dtype: str
     checkpoint_dir: Path
+    digest: str | None = None
 
 
-def load_checkpoint(checkpoint_dir: Path, *, device: str) -> LoadedModel:
+def load_checkpoint(checkpoint_dir: Path, *, device: str, digest: str | None = None) -> LoadedModel:
     """Loads a checkpoint that `build_checkpoint` wrote.
 
     Args:
         checkpoint_dir: Folder with `model/`, `processor/` and `checkpoint.json`; only read.
         device: ``"cpu"`` or ``"cuda"`` (the current GPU). On a CPU the model computes in float32, whatever it is stored in.
+        digest: Of the folder's content, where known.
 
     Raises:
         ModelError: The folder is not whole.
@@ -63,7 +66,7 @@ def load_checkpoint(checkpoint_dir: Path, *, device: str) -> LoadedModel:
     check_weights(checkpoint_dir / MODEL_FOLDER)
     processing = Processing.from_dir(checkpoint_dir / PROCESSOR_FOLDER)
     model = load_model(checkpoint_dir / MODEL_FOLDER, family, device=device, dtype=dtype)
-    return LoadedModel(model, processing, family, device, dtype, checkpoint_dir)
+    return LoadedModel(model, processing, family, device, dtype, checkpoint_dir, digest)
 
 
 def load_model(

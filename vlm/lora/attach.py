@@ -30,16 +30,13 @@ if TYPE_CHECKING:
     from vlm.loading.checkpoint import LoadedModel
 
 
-def attach_adapter(
-    loaded: LoadedModel, adapter_dir: Path, *, trainable: bool, base_digest: str | None = None
-) -> PeftModel:
+def attach_adapter(loaded: LoadedModel, adapter_dir: Path, *, trainable: bool) -> PeftModel:
     """Puts a saved adapter on the base model, which is changed in place; ``detach_adapter`` undoes that.
 
     Args:
         loaded: The base model, without adapter.
         adapter_dir: Folder of an adapter.
         trainable: Whether the adapter's parameters learn; they are then float32.
-        base_digest: Digest of the base checkpoint, where known.
 
     Returns:
         The adapted model, in evaluation mode; the base model itself where its own weights are trained.
@@ -50,9 +47,9 @@ def attach_adapter(
     recorded = None
     if (adapter_dir / TARGETS_FILE).is_file():
         recorded = json.loads((adapter_dir / TARGETS_FILE).read_text(encoding="utf-8"))["base_digest"]
-    if recorded is not None and base_digest is not None and recorded != base_digest:
+    if recorded is not None and loaded.digest is not None and recorded != loaded.digest:
         raise LoraError(
-            f"the adapter was made for base checkpoint {recorded[:12]} but this is {base_digest[:12]};"
+            f"the adapter was made for base checkpoint {recorded[:12]} but this is {loaded.digest[:12]};"
             " load the base that it was made for, or make a new adapter"
         )
     if full_parts(adapter_dir):

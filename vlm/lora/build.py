@@ -48,18 +48,16 @@ class AdapterSummary(Summary):
     """Digest of the base checkpoint, where known."""
 
 
-def build_adapter(
-    loaded: LoadedModel, lora: LoraConfig, output_dir: Path, *, base_digest: str | None = None
-) -> AdapterSummary:
+def build_adapter(loaded: LoadedModel, lora: LoraConfig, output_dir: Path) -> AdapterSummary:
     """Writes the initial adapter: its weights, its configuration and ``targets.json``.
 
-    For full fine-tuning, ``targets.json`` alone: the weights are the base's.
+    For full fine-tuning, ``targets.json`` alone: the weights are the base's. The base's digest, where known, goes on
+    record, so that the adapter refuses another one.
 
     Args:
         loaded: The base model; as before when this returns.
         lora: Which layers learn, and how.
         output_dir: Receives the files; made if it is not there.
-        base_digest: Digest of the checkpoint, kept so that the adapter refuses another one.
 
     Returns:
         Counts.
@@ -72,7 +70,7 @@ def build_adapter(
     base = {
         "num_base_parameters": checkpoint["num_parameters"],
         "base_name": checkpoint["source"],
-        "base_digest": base_digest,
+        "base_digest": loaded.digest,
     }
     if lora.full_finetuning:
         summary = AdapterSummary(**describe_full(loaded, lora), **base)

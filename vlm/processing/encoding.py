@@ -95,8 +95,9 @@ class ChatEncoder:
             for id_, token in tokenizer.added_tokens_decoder.items()
             if token.special and token.content not in family.markup_tokens
         }
-        special |= {token: tokenizer.convert_tokens_to_ids(token) for token in family.media_tokens}
-        self._control_ids = {id_ for id_ in special.values() if id_ is not None}
+        known = tokenizer.get_vocab()
+        special |= {token: known[token] for token in family.media_tokens if token in known}
+        self._control_ids = set(special.values())
         longest_first = sorted(special, key=lambda token: (-len(token), token))
         self._control_tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._control_or_sentinel = re.compile(f"{self._control_tokens.pattern}|{_SENTINEL_CLASS}")

@@ -5,6 +5,7 @@ transformers is imported when a folder is opened, torch when tensors are made.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from vlm.families import Family, MediaParts, PackedSamples, Run
 from vlm.families.classes import transformers_class
 from vlm.processing import files
 from vlm.processing.encoding import ChatEncoder, Encoded
+from vlm.processing.template import read_template
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +33,7 @@ class Processing:
         family: Row of the family table.
         tokenizer: The transformers tokenizer.
         image_processor: The transformers image processor, PIL backend.
-        chat_template: Jinja source of the chat template.
+        chat_template: Jinja source of the chat template; one that writes the date writes always the same one.
         context_length_tokens: Longest sequence that the model was made for; None where its config does not say.
         stop_token_ids: Ids that end a generated answer.
         media_token_ids: Ids of image, video and surrounding tokens; they carry no loss.
@@ -107,7 +109,7 @@ class Processing:
             family=family,
             tokenizer=tokenizer,
             image_processor=_image_processor(processor_dir, family),
-            chat_template=_chat_template(processor_dir, tokenizer, family),
+            chat_template=read_template(processor_dir, tokenizer, family),
             settings=_settings(processor_dir),
             source_dir=processor_dir,
             context_length_tokens=context_length,
@@ -305,31 +307,15 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _image_processor(folder: Path, family: Family) -> Any:
-    """By class and not through AutoImageProcessor, which wants torchvision in some versions."""
-    image_processor_class = transformers_class(family, family.image_processor_class)
+    """By class and not through AutoImageProcessor, which wants torchvision in some versions.
+
+    From the class's own module: some versions put a stand-in at their top level that wants torchvision for nothing.
+    """
+    named = transformers_class(family, family.image_processor_class)
+    image_processor_class: Any = getattr(importlib.import_module(named.__module__), family.image_processor_class)
     if family.image_processor_defaults is not None and not files.has_image_processor(folder):
         return image_processor_class.from_dict(dict(family.image_processor_defaults))
     return image_processor_class.from_pretrained(folder, local_files_only=True)
-
-
-def _chat_template(folder: Path, tokenizer: Any, family: Family) -> str:
-    """The processor's template, which wins over the tokenizer's, as in transformers; else the family's."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if (folder / "chat_template.json").is_file():
-        template = files.read_json(folder / "chat_template.json").get("chat_template")
-    else:
-        template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if template is None:
-        template = family.chat_template
-    if not isinstance(template, str):
-        raise ModelError(
-            f"{folder} has no chat template, so conversations cannot be rendered; put the model's chat_template.jinja there"
-            " or use its instruction-tuned version"
-        )
-    return template
 
 
 def _end_token(tokenizer: Any, folder: Path) -> tuple[int, ...]:

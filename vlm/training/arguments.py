@@ -9,7 +9,6 @@ from typing import Any
 from trl import SFTConfig
 
 from vlm.config import TrainingConfig
-from vlm.errors import ConfigError
 from vlm.training.plan import PlanSummary
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -31,15 +30,8 @@ def training_arguments(
         plan: Number of steps, device, precision and optimiser.
         work_dir: Receives checkpoints.
         report_to: Names of transformers' own integrations.
-
-    Raises:
-        ConfigError: The optimiser does not run on the device.
     """
     on_gpu = plan.device == "cuda"
-    if (plan.optimizer, plan.device) not in _OPTIMIZERS:
-        raise ConfigError(
-            f"training.optimizer {plan.optimizer!r} needs a GPU; use 'adamw' or 'auto' on a {plan.device}"
-        )
     evaluates = training.evaluate_every_steps is not None and plan.num_validation_rows > 0
     name = "activation_checkpointing" if hasattr(SFTConfig, "activation_checkpointing") else "gradient_checkpointing"
     settings: dict[str, Any] = dict(

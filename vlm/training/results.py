@@ -36,6 +36,9 @@ class TrainingSummary(Summary):
     """Median over the logged stretches of this run."""
     peak_memory_bytes: int | None
     """Most GPU memory that PyTorch held at once; None on a CPU."""
+    parameters_without_gradient: list[str]
+    """Names of trained tensors that no row of the training reached, so that they are as before: those of a vision tower
+    where no row has an image, or what a model keeps for larger images than the dataset's."""
 
 
 def write_results(
@@ -46,6 +49,7 @@ def write_results(
     resumed_from_step: int | None,
     wall_seconds: float,
     device: str,
+    parameters_without_gradient: Sequence[str],
 ) -> TrainingSummary:
     """Writes ``metrics.jsonl`` and ``training.json``.
 
@@ -56,6 +60,7 @@ def write_results(
         resumed_from_step: Where this run took over, or None.
         wall_seconds: Of this run.
         device: ``cpu`` or ``cuda``.
+        parameters_without_gradient: Names of trained tensors that never had one.
     """
     lines = history_lines(history)
     with (output_dir / METRICS_FILE).open("w", encoding="utf-8", newline="\n") as handle:
@@ -83,6 +88,7 @@ def write_results(
         tokens_per_second=median("tokens_per_second"),
         samples_per_second=median("samples_per_second"),
         peak_memory_bytes=peak,
+        parameters_without_gradient=sorted(parameters_without_gradient),
     )
     text = json.dumps(summary.to_json(), indent=2, sort_keys=True) + "\n"
     (output_dir / SUMMARY_FILE).write_text(text, encoding="utf-8", newline="\n")

@@ -20,7 +20,14 @@ import torch
 from vlm.config import TrainingConfig
 from vlm.errors import ConfigError
 from vlm.lora.attach import attach_adapter, detach_adapter
-from vlm.lora.peft_model import CONFIG_FILE, TARGETS_FILE, WEIGHTS_FILE, base_model, save_tensors
+from vlm.lora.peft_model import (
+    CONFIG_FILE,
+    TARGETS_FILE,
+    WEIGHTS_FILE,
+    adapter_parameters,
+    base_model,
+    save_tensors,
+)
 from vlm.training import checkpoints
 from vlm.training.interrupt import StopFlag, TrainingInterrupted
 from vlm.training.plan import BATCHES_FILE, PLAN_FILE, PlanSummary, read_plan
@@ -130,6 +137,12 @@ def train_adapter(
             resumed_from_step=resume[0] if resume else None,
             wall_seconds=time.perf_counter() - started,
             device=loaded.device,
+            # Optimisers keep no state for what never had a gradient, and a resumed training gets the state back.
+            parameters_without_gradient=[
+                name
+                for name, parameter in adapter_parameters(peft_model).items()
+                if not trainer.optimizer.state.get(parameter)
+            ],
         )
 
 

@@ -81,7 +81,7 @@ def test_rows_of_tokens_are_the_stock_ones(pair: Pair, size: tuple[int, int]) ->
 def test_images_of_several_sizes_are_padded_like_the_stock_ones(pair: Pair) -> None:
     rows = [[tiny_image(56, 84, 1), tiny_image(112, 28, 2)], [], [tiny_image(28, 140, 3)]]
     ours = pair.ours.pixel_inputs(rows)
-    expected = stock_pixels(pair.stock, rows)
+    expected = stock_pixels(TINY[pair.ours.family.model_type], pair.stock, rows)
     assert ours["pixel_values"].shape == (3, 3, 112, 140)
     for name in ("pixel_values", "image_sizes"):
         assert torch.equal(ours[name], torch.as_tensor(expected[name])), name

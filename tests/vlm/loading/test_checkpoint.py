@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.tiny_models import tiny_conversation
+from tests.support.tiny_models import TINY, tiny_conversation
 from tests.vlm.loading.conftest import Checkpoint
 from vlm.config.model import Quantization
 from vlm.errors import ModelError
@@ -93,7 +93,7 @@ def test_gradients_flow_through_quantised_layers_after_a_pass_in_eval_mode(
             assert not getattr(module.weight.quant_state, "packing_format_for_cpu", False)
     loaded.model.train()
     embedded = loaded.model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
-    layer = loaded.model.model.language_model.layers[0].mlp
+    layer = loaded.model.get_submodule(TINY[loaded.family.model_type].language_layers[0]).mlp
     layer(embedded).sum().backward()
     assert embedded.grad is not None
     assert embedded.grad.abs().sum() > 0

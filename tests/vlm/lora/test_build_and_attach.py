@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.tiny_models import TINY
 from tests.support.tiny_runs import batch_of
-from vlm.config import LoraConfig
+from vlm.config import GenerationConfig, LoraConfig
 from vlm.errors import LoraError
 from vlm.families import FAMILIES
+from vlm.generate import generate_predictions
 from vlm.lora.attach import attach_adapter, attached, detach_adapter
 from vlm.lora.build import build_adapter
 from vlm.lora.peft_model import adapter_parameters
@@ -49,9 +51,10 @@ def test_the_same_configuration_gives_the_same_bytes_and_leaves_the_model_alone(
     run = tiny_run(model_type)
     before = {name: parameter.clone() for name, parameter in run.loaded.model.named_parameters()}
     modules = [(name, id(module)) for name, module in run.loaded.model.named_modules()]
+    loaded = replace(run.loaded, digest="abc")
     for name in ("first", "second"):
         torch.manual_seed(len(name))  # the caller's random state must not matter
-        summary = build_adapter(run.loaded, TINY[model_type].without_experts(RICH), tmp_path / name, base_digest="abc")
+        summary = build_adapter(loaded, TINY[model_type].without_experts(RICH), tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors", "targets.json"]
     for file in files:
@@ -161,9 +164,14 @@ def test_an_adapter_that_does_not_fit_exactly_is_refused(tiny_run: Callable, tmp
 
 def test_an_adapter_of_another_base_is_refused(tiny_run: Callable, tmp_path: Path) -> None:
     run = tiny_run("qwen2_5_vl")
-    build_adapter(run.loaded, LoraConfig(rank=2), tmp_path, base_digest="a" * 64)
+    build_adapter(replace(run.loaded, digest="a" * 64), LoraConfig(rank=2), tmp_path)
+    same_shapes = replace(run.loaded, digest="b" * 64)
     with pytest.raises(LoraError, match="was made for base checkpoint aaaaaaaaaaaa but this is bbbbbbbbbbbb"):
-        attach_adapter(run.loaded, tmp_path, trainable=False, base_digest="b" * 64)
+        attach_adapter(same_shapes, tmp_path, trainable=False)
+    with pytest.raises(LoraError, match="was made for base checkpoint aaaaaaaaaaaa"):
+        generate_predictions(same_shapes, run.dataset_dir, GenerationConfig(), tmp_path / "out", adapter_dir=tmp_path)
+    for loaded in (run.loaded, replace(run.loaded, digest="a" * 64)):  # nothing to compare, and the right one
+        detach_adapter(attach_adapter(loaded, tmp_path, trainable=False))
     other = tiny_run("qwen2_vl")  # its vision tower has other modules
     with pytest.raises(LoraError, match="which the base model does not have"):
         attach_adapter(other.loaded, tmp_path, trainable=False)

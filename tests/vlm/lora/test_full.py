@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_a_part_learns_alone_and_the_base_comes_back(
     batch = batch_of(run.loaded, run.dataset_dir, "train", [0, 1])
     untrained = logits(base, batch)
     lora = LoraConfig(full_finetuning=(part,))
-    summary = build_adapter(run.loaded, lora, tmp_path, base_digest="abc")
+    summary = build_adapter(replace(run.loaded, digest="abc"), lora, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["targets.json"]
     assert full_parts(tmp_path) == (part,)
     with attached(run.loaded, tmp_path, trainable=True) as model:
@@ -87,7 +88,7 @@ def test_a_part_learns_alone_and_the_base_comes_back(
 def test_the_same_settings_give_the_same_bytes(tiny_run: Callable, tmp_path: Path) -> None:
     run = tiny_run("qwen2_vl")
     for name, parts in (("first", ("vision", "language")), ("second", ("language", "vision"))):
-        build_adapter(run.loaded, LoraConfig(full_finetuning=parts), tmp_path / name, base_digest="abc")
+        build_adapter(replace(run.loaded, digest="abc"), LoraConfig(full_finetuning=parts), tmp_path / name)
     texts = [(tmp_path / name / "targets.json").read_bytes() for name in ("first", "second")]
     assert texts[0] == texts[1]
     content = json.loads(texts[0])
@@ -116,7 +117,7 @@ def test_weights_that_do_not_fit_exactly_are_refused(tiny_run: Callable, tmp_pat
 
 def test_what_cannot_be(tiny_run: Callable, tmp_path: Path) -> None:
     run = tiny_run("qwen2_5_vl")
-    build_adapter(run.loaded, ALL, tmp_path / "initial", base_digest="a" * 64)
+    build_adapter(replace(run.loaded, digest="a" * 64), ALL, tmp_path / "initial")
     with pytest.raises(LoraError, match="nothing has been trained yet"), attached(run.loaded, tmp_path / "initial"):
         pass
     with pytest.raises(LoraError, match=r"set model\.quantization to 'none'"):

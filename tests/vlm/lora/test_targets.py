@@ -46,37 +46,37 @@ def test_switches_give_exactly_these_modules(
     assert chosen == [name for name in adaptable_names(run.loaded.model, run.loaded.family) if name in set(chosen)]
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize(
-    ("settings", "language_layers", "vision_layers"),
+    ("settings", "num_language_layers", "num_vision_layers"),
     [
-        ({"last_language_layers": 1}, [1], [0, 1]),
-        ({"last_vision_layers": 1}, [0, 1], [1]),
-        ({"last_language_layers": 1, "last_vision_layers": 1}, [1], [1]),
-        ({"last_language_layers": 2, "last_vision_layers": 2}, [0, 1], [0, 1]),
-        ({"last_language_layers": 1, "finetune_vision_layers": False}, [1], []),
+        ({"last_language_layers": 1}, 1, None),
+        ({"last_vision_layers": 1}, None, 1),
+        ({"last_language_layers": 2, "last_vision_layers": 2}, 2, 2),
+        ({"last_language_layers": 1, "finetune_vision_layers": False}, 1, 0),
     ],
 )
 def test_only_the_last_layers(
     tiny_run: Callable,
     model_type: str,
     settings: dict,
-    language_layers: list[int],
-    vision_layers: list[int],
+    num_language_layers: int | None,
+    num_vision_layers: int | None,
 ) -> None:
     run, tiny = tiny_run(model_type), TINY[model_type]
     chosen = select_targets(run.loaded.model, run.loaded.family, LoraConfig(**settings, finetune_projector=True))
-    expected = [
-        name
-        for name in [*tiny.language_attention, *tiny.language_mlp]
-        if any(f".layers.{layer}." in name for layer in language_layers)
-    ]
-    expected += [
-        name
-        for name in [*tiny.vision_attention, *tiny.vision_mlp]
-        if any(f".blocks.{layer}." in name for layer in vision_layers)
-    ]
-    assert sorted(chosen) == sorted([*expected, *tiny.projector])
+    expected = list(tiny.projector)
+    for names, layers, number in (
+        (
+            [*tiny.language_attention, *tiny.language_mlp, *tiny.language_experts],
+            tiny.language_layers,
+            num_language_layers,
+        ),
+        ([*tiny.vision_attention, *tiny.vision_mlp], tiny.vision_layers, num_vision_layers),
+    ):
+        last = layers if number is None else layers[len(layers) - number :]
+        expected += [name for name in names if name.startswith(tuple(f"{layer}." for layer in last))]
+    assert sorted(chosen) == sorted(expected)
 
 
 def test_the_last_layers_of_explicit_targets() -> None:

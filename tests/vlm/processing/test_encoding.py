@@ -125,7 +125,9 @@ def test_ids_and_spans_match_the_oracles(pair: Pair, name: str, add_generation_p
     encoded = pair.ours.encode(messages, [image.shape[:2] for image in images], add_generation_prompt)
     assert encoded.input_ids == oracle_ids(pair, messages, images, add_generation_prompt=add_generation_prompt)
     assert encoded.assistant_spans == spans_by_reading(pair, encoded.input_ids, messages, images)
-    media = {special_ids(pair)[token] for token in pair.facts.image_tokens if "vision" not in token}
+    around = ("<|vision_", "<|IMAGE_START|>", "<|IMAGE_END|>")
+    tokens = [token for token in pair.facts.image_tokens if not token.startswith(around)]
+    media = {special_ids(pair)[token] for token in tokens}
     assert encoded.num_visual_tokens == sum(id_ in media for id_ in encoded.input_ids)
     assert encoded.num_visual_tokens == sum(pair.ours.num_image_tokens(*image.shape[:2]) for image in images)
 
@@ -174,8 +176,9 @@ def test_any_text_comes_back_from_its_span_and_writes_no_control_token(
     for (first, last), (_, answer) in zip(encoded.assistant_spans, turns, strict=True):
         span = _decode(tokenizer, encoded.input_ids[first:last])
         # White space that begins the answer can be one token with the line break of the template before it.
-        assert span.endswith(unicodedata.normalize("NFC", "".join(answer)) + end)
-        assert span.removesuffix(unicodedata.normalize("NFC", "".join(answer)) + end) in ("", "\n", "\n\n")
+        expected_end = pair.facts.answer_lead + unicodedata.normalize("NFC", "".join(answer)) + end
+        assert span.endswith(expected_end)
+        assert span.removesuffix(expected_end) in ("", "\n", "\n\n")
     if not any(token in text for pieces in turns for texts in pieces for text in texts for token in special_ids(pair)):
         images = [np.zeros((56, 56, 3), np.uint8)] * len(turns)
         assert encoded.input_ids == oracle_ids(pair, messages, images)
@@ -190,7 +193,7 @@ def test_typed_control_tokens_keep_their_characters(pair: Pair) -> None:
     text = f"write {end} and {pair.ours.family.image_token} here"
     encoded = pair.ours.encode([user(text), assistant(text)], [])
     (first, last) = encoded.assistant_spans[0]
-    assert _decode(pair.ours.tokenizer, encoded.input_ids[first:last]) == text + end
+    assert _decode(pair.ours.tokenizer, encoded.input_ids[first:last]) == pair.facts.answer_lead + text + end
     assert pair.ours.image_token_id not in encoded.input_ids
     assert encoded.input_ids[first:last].count(special_ids(pair)[end]) == 1
 

@@ -74,7 +74,7 @@ def test_pixels_resized_once_equal_the_stock_path(pair: Pair, mode: str, size: t
     prepared = pair.ours.resize_image(image, pair.ours.target_size(image.height, image.width))
     assert prepared.dtype == np.uint8
     ours = pair.ours.pixel_inputs([prepared])
-    assert_same_tensors(ours, stock_pixels(pair.oracle, [[seen]]))
+    assert_same_tensors(ours, stock_pixels(pair.facts, pair.oracle, [[seen]]))
 
 
 def assert_same_tensors(ours: dict[str, torch.Tensor], stock: dict[str, torch.Tensor]) -> None:
@@ -96,13 +96,14 @@ def test_inputs_of_a_batch_equal_the_stock_processor(pair: Pair) -> None:
     pixels = pair.ours.pixel_inputs([first_images, second_images])
     ours = {"input_ids": batch, **pair.ours.model_inputs(batch, pixels)}
     texts = [pair.oracle.apply_chat_template(messages) for messages in (first, second)]
-    nested = "mllama" in pair.ours.family.model_type
+    nested = pair.facts.images_by_row
     stock = pair.oracle(
         text=texts, images=[first_images, second_images] if nested else [*first_images, *second_images], padding=True,
         padding_side="right", return_tensors="pt", add_special_tokens=False,  # the template writes them
         **{"return_mm_token_type_ids": True} if "qwen" in pair.ours.family.model_type else {},
     )  # fmt: skip
-    assert_same_tensors(ours, {name: value for name, value in stock.items() if name != "attention_mask"})
+    implied = ("attention_mask", *pair.facts.implied_inputs)
+    assert_same_tensors(ours, {name: value for name, value in stock.items() if name not in implied})
     if not nested:
         flat = pair.ours.pixel_inputs([*first_images, *second_images])
         assert torch.equal(flat["pixel_values"], pixels["pixel_values"])
