@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlm.families import idefics3_media
-from vlm.families.family import Family
+from vlm.families.family import Family, Packing
 
 IDEFICS3 = Family(
     model_type="idefics3",
@@ -34,4 +34,6 @@ IDEFICS3 = Family(
     pixel_inputs=idefics3_media.pixel_inputs,
     token_inputs=idefics3_media.token_inputs,
     patches_per_token=idefics3_media.patches_per_token,
+    # Its tower takes the tiles of all images as one batch.
+    packing=Packing(language_model="model.text_model", tower_segments=False),
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from vlm.families import lighton_media, pixtral_media
-from vlm.families.family import Family
+from vlm.families import lighton_media, pixtral_media, pixtral_packing
+from vlm.families.family import Family, Packing
 
 _MODEL_TYPE = "lighton_ocr"
 
@@ -55,4 +56,5 @@ LIGHTON_OCR = Family(
     pixel_inputs=lighton_media.pixel_inputs,
     token_inputs=pixtral_media.token_inputs,
     translate_config=translate,
+    packing=Packing(tower_segments=True, install=partial(pixtral_packing.install, tower_name="model.vision_encoder")),
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from vlm.families import paddleocr_media
-from vlm.families.family import Family
+from functools import partial
+
+from vlm.families import paddleocr_media, qwen_packing
+from vlm.families.family import Family, Packing
 
 _VISION_LAYER = r"model\.visual\.vision_model\.encoder\.layers\.\d+"
 
@@ -36,4 +38,8 @@ PADDLEOCR_VL = Family(
     token_inputs=paddleocr_media.token_inputs,
     # Checkpoints name Llama's, which would cut text in another way than the tokenizer.json beside it.
     tokenizer_class="PreTrainedTokenizerFast",
+    packing=Packing(
+        tower_segments=True,
+        positions=partial(qwen_packing.positions, image_token=paddleocr_media.IMAGE_TOKEN, video_token=None),
+    ),
 )
