@@ -99,7 +99,8 @@ class BoxConfig(Section):
     layout: Literal["xyxy", "xywh"] = Field(
         "xyxy", description="What four numbers under a key are: two corners, or a corner with width and height (COCO)."
     )
-    keys: tuple[str, ...] = Field(
+    # Not `keys`: a model with that attribute looks like a mapping, which Prefect would walk through.
+    json_keys: tuple[str, ...] = Field(
         ("bbox", "bbox_2d", "box", "box_2d", "bounding_box", "point", "point_2d"),
         description="Keys of JSON in a text whose lists of numbers are coordinates, besides the models' own marks.",
     )

@@ -2,7 +2,7 @@ r"""Boxes and points written in texts, so that they still lie where they lay onc
 
 Three ways of writing are known, and nothing else in a text is touched:
 
-    {"bbox_2d": [x1, y1, x2, y2]}                     JSON keys (`data.boxes.keys`), also within other text
+    {"bbox_2d": [x1, y1, x2, y2]}                     JSON keys (`data.boxes.json_keys`), also within other text
     <|box_start|>(x1,y1),(x2,y2)<|box_end|>           as Qwen2-VL
     <|det|>[[x1, y1, x2, y2], …]<|/det|>              as DeepSeek-OCR
 
@@ -79,7 +79,7 @@ class BoxWriter:
         self._settings = settings
         self._source = settings.source
         self._target = family_convention if settings.target == "auto" else settings.target
-        keys = "|".join(map(re.escape, sorted(settings.keys, key=len, reverse=True)))
+        keys = "|".join(map(re.escape, sorted(settings.json_keys, key=len, reverse=True)))
         marks = "|".join(map(re.escape, _MARKS))
         self._opening = re.compile(
             rf"(?P<mark>{marks})" + (rf"|(?P<quote>[\"'])(?:{keys})(?P=quote)\s*:\s*" if keys else "")
@@ -185,7 +185,7 @@ class BoxWriter:
                 raise RowError(
                     "bad_box",
                     f"{shown!r} does not give coordinates as a list of 2 (a point), 4 (a box) or more pairs of numbers; mend"
-                    " it, or take the key out of data.boxes.keys",
+                    " it, or take the key out of data.boxes.json_keys",
                 )
             yield _Region(start, end, shapes, mark is None)
             position = end

@@ -67,7 +67,11 @@ def test_only_coordinates_are_written_anew(text, expected):
         ({"family": "normalized_1000"}, BOX, "[100, 100, 200, 500]"),
         ({"layout": "xywh"}, '{"bbox": [40, 20, 40, 80]}', '{"bbox": [10, 10, 20, 50]}'),
         ({"layout": "xywh"}, f"<|det|>[{BOX}]<|/det|>", "<|det|>[[10, 10, 20, 50]]<|/det|>"),
-        ({"keys": ["where"]}, f'{{"where": {BOX}, "bbox": {BOX}}}', f'{{"where": [10, 10, 20, 50], "bbox": {BOX}}}'),
+        (
+            {"json_keys": ["where"]},
+            f'{{"where": {BOX}, "bbox": {BOX}}}',
+            f'{{"where": [10, 10, 20, 50], "bbox": {BOX}}}',
+        ),
     ],
 )
 def test_conventions(settings, text, expected):
