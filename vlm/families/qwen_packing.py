@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def positions(packed: PackedSamples, *, image_token: str = IMAGE_TOKEN, video_token: str = VIDEO_TOKEN) -> torch.Tensor:
+def positions(
+    packed: PackedSamples, *, image_token: str = IMAGE_TOKEN, video_token: str | None = VIDEO_TOKEN
+) -> torch.Tensor:
     """Positions of a packed row, each sample's as the model itself derives them for the sample alone.
 
     Text advances all three axes by one per token. The tokens of an image or a video stand on a grid that starts where the
@@ -21,17 +23,16 @@ def positions(packed: PackedSamples, *, image_token: str = IMAGE_TOKEN, video_to
     Args:
         packed: The samples.
         image_token: Stands for a merged patch of an image.
-        video_token: The same of a video.
+        video_token: The same of a video; None for a family that takes none.
 
     Returns:
         Shape [4, 1, tokens]: the place in the sample, by which masks are made, then time, row and column.
     """
     import torch
 
-    grids = {
-        packed.parts.token_id(image_token): _image_grids(packed),
-        packed.parts.token_id(video_token): _video_grids(packed),
-    }
+    grids = {packed.parts.token_id(image_token): _image_grids(packed)}
+    if video_token is not None:
+        grids[packed.parts.token_id(video_token)] = _video_grids(packed)
     rows = []
     for ids, count in zip(packed.samples, packed.num_media, strict=True):
         pieces, cursor, position = [], 0, 0
