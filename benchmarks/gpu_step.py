@@ -195,7 +195,11 @@ class Bench:
             self.optimizer = bnb.optim.AdamW8bit(self.parameters, lr=1e-5)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
-        self.weights_bytes = sum(p.numel() * p.element_size() for p in self.base.parameters() if not p.requires_grad)
+        frozen = [parameter for parameter in self.base.parameters() if not parameter.requires_grad]
+        self.weights_bytes = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
+        for state in (getattr(parameter, "quant_state", None) for parameter in frozen):
+            if state is not None:
+                self.weights_bytes += state.absmax.numel() + 4 * state.state2.absmax.numel()
 
     def operations(self) -> float:
         """4 per weight and position: the forward pass, and the backward pass of the activations."""
