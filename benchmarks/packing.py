@@ -125,9 +125,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=PROJECT.parent / "shared" / "data")
     parser.add_argument("--max-pixels", type=int, default=1280 * 28 * 28)
-    parser.add_argument("--capacity", type=int, default=8192, help="tokens of a pack")
+    parser.add_argument("--capacity", type=int, nargs="+", default=[4096, 8192, 16384], help="tokens of a pack")
     parser.add_argument("--speed-of", default="sroie_lines", help="the set whose first rows are timed")
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=64, help="rows that are timed; 0 times none")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     from vlm.builtin import make_builtin_checkpoint
@@ -141,8 +141,11 @@ def main() -> None:
         (folder / "builtin").mkdir()
         processing = Processing.from_dir(make_builtin_checkpoint(folder / "builtin"))
         folders = {own: prepared(options.data, own, processing, options.max_pixels, folder) for own in SETS}
-        fullness_table(folders, options.capacity)
-        speed_table(folders[options.speed_of], folder / "checkpoint", options.rows, options.repeats)
+        for capacity in options.capacity:
+            print(f"\nPacks of at most {capacity} tokens:\n")
+            fullness_table(folders, capacity)
+        if options.rows:
+            speed_table(folders[options.speed_of], folder / "checkpoint", options.rows, options.repeats)
 
 
 if __name__ == "__main__":

@@ -291,3 +291,23 @@ def test_an_attention_dropout_is_refused(tiny_run: Callable) -> None:
     finally:
         layer.attention_dropout = 0.0
         loaded.model.eval()
+
+
+def test_a_sliding_window_counts_within_a_sample(tiny_run: Callable) -> None:
+    loaded = tiny_run("pixtral").loaded
+    rows = packing_rows(loaded.processing)
+    collator = packing_collator(loaded)
+    batch = _inputs(collator.pack(rows))
+    config = loaded.model.model.language_model.config
+    with torch.no_grad():
+        with packed(loaded.model, loaded.family):
+            whole = loaded.model(**batch).logits[0]
+        config.sliding_window = 5
+        try:
+            alone = [loaded.model(**_inputs(collator([row])), use_cache=False).logits[0] for row in rows]
+            with packed(loaded.model, loaded.family):
+                found = loaded.model(**batch).logits[0]
+        finally:
+            config.sliding_window = None
+    torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert (found - whole).abs().max() > 0.1
