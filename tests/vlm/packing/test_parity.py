@@ -1,6 +1,5 @@
 """Packed rows against the same conversations one by one: loss, every gradient, and what a spoilt neighbour does."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from vlm.lora.attach import attached
 from vlm.lora.build import build_adapter
 from vlm.lora.peft_model import base_model
 from vlm.packing.model import packed
-from vlm.training.trainer import checkpointed
+from vlm.training.activation import ActivationPlan
+from vlm.training.recompute import recomputed
 
 PACKABLE = [model_type for model_type, family in FAMILIES.items() if family.packing is not None]
 # Sums of some hundred float32 terms in another order: a few 1e-6 relative, for every parameter as a whole.
@@ -127,16 +127,10 @@ def test_packed_is_one_by_one(setting: Callable[[str], Setting], model_type: str
 @pytest.mark.parametrize("model_type", PACKABLE)
 def test_packed_with_recomputation(setting: Callable[[str], Setting], model_type: str) -> None:
     made = setting(model_type)
-    family = made.loaded.family
     plain = made.packed(made.rows)
-    with checkpointed(
-        base_model(made.model),
-        True,
-        lambda name: False,
-        lambda name: re.fullmatch(f"{family.vision_layer}|{family.language_layer}", name) is not None,
-    ):
-        recomputed = made.packed(made.rows)
-    assert_same(recomputed, plain)
+    with recomputed(base_model(made.model), made.loaded.family, ActivationPlan(None, None)):
+        again = made.packed(made.rows)
+    assert_same(again, plain)
 
 
 @pytest.mark.parametrize("model_type", PACKABLE)
