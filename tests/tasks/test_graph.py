@@ -36,6 +36,7 @@ OTHER_VALUES: dict[str, Any] = {
     "data.boxes.on_outside": "clip",
     "training.schedule": "cosine",
     "training.optimizer": "adamw",
+    "training.activation_memory": "keep",
     "training.max_steps": 7,
     "training.epochs": 3.0,
     "generation.split": "validation",

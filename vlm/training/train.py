@@ -73,6 +73,7 @@ def train_adapter(
     Raises:
         TrainingInterrupted: SIGTERM or Ctrl-C came; the last finished step is in a checkpoint in `work_dir`.
         ConfigError: The plan was made for another device or precision, or the loss became infinite.
+        ResourceError: A kernel gives wrong results on this GPU.
     """
     plan = read_plan(plan_dir)
     if (plan.device, plan.dtype) != (loaded.device, loaded.dtype):
@@ -80,6 +81,12 @@ def train_adapter(
             f"the plan is for {plan.device} in {plan.dtype} but the model is loaded on {loaded.device} in {loaded.dtype};"
             " plan again, or load the model as planned"
         )
+    if loaded.device == "cuda":
+        from vlm.training.self_check import check_kernels
+
+        quantized = bool(getattr(loaded.model, "is_loaded_in_4bit", False))
+        dtype = getattr(torch, plan.dtype)
+        check_kernels(training, device=loaded.device, dtype=dtype, packing=bool(plan.packing), quantized=quantized)
     started = time.perf_counter()
     work_dir.mkdir(parents=True, exist_ok=True)
     identity = checkpoints.training_identity(

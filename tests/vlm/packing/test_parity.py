@@ -129,8 +129,8 @@ def test_packed_with_recomputation(setting: Callable[[str], Setting], model_type
     made = setting(model_type)
     plain = made.packed(made.rows)
     with recomputed(base_model(made.model), made.loaded.family, ActivationPlan(None, None)):
-        found = made.packed(made.rows)
-    assert_same(found, plain)
+        again = made.packed(made.rows)
+    assert_same(again, plain)
 
 
 @pytest.mark.parametrize("model_type", PACKABLE)
