@@ -167,8 +167,8 @@ def _attention(device: str, dtype: torch.dtype) -> Forms:
     # The second segment, so that there are rows on both sides of it.
     others = torch.ones(total, dtype=torch.bool, device=device)
     others[_LENGTHS[0] : _LENGTHS[0] + _LENGTHS[1]] = False
-    spoilt = [tensor.masked_fill(~others[:, None], torch.nan) for tensor in inputs]
-    found["neighbour"] = attend(*spoilt, segments, causal=True)[:, others]
+    query, key, value = (tensor.masked_fill(~others[:, None], torch.nan) for tensor in inputs)
+    found["neighbour"] = attend(query, key, value, segments, causal=True)[:, others]
     expected["neighbour"] = expected["causal output 0"][:, others]
     return found, expected
 
