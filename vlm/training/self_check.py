@@ -94,7 +94,7 @@ def _with_gradients(function: Callable[..., Any], inputs: Any) -> dict[str, Tens
     outputs = output if isinstance(output, tuple) else (output,)
     # Any fixed weights will do, if they differ from place to place.
     loss = sum((part.float() * torch.linspace(-1, 1, part.shape[-1], device=part.device)).sum() for part in outputs)
-    gradients = torch.autograd.grad(loss, leaves)  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(loss, leaves)
     named = {f"output {number}": part.detach() for number, part in enumerate(outputs)}
     return named | {f"gradient {number}": gradient for number, gradient in enumerate(gradients)}
 
