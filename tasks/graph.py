@@ -129,6 +129,12 @@ def _generation_settings(run: Resolved) -> Json:
     return settings | {"device": run.device, "precision": run.precision}
 
 
+def _evaluation_settings(run: Resolved) -> Json:
+    # The task says no more than the metrics that it stands for.
+    evaluation = run.config.evaluation
+    return evaluation.model_dump(mode="json", exclude={"task"}) | {"metrics": list(evaluation.metric_names)}
+
+
 def _report_settings(run: Resolved) -> Json:
     return run.config.model_dump(mode="json", exclude={"runtime", "tracking", "export"})
 
@@ -205,7 +211,7 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             "evaluate_and_save.metrics",
             ("metrics",),
             ("vlm.evaluation.evaluate",),
-            lambda run: run.config.evaluation.model_dump(mode="json"),
+            _evaluation_settings,
             predictions,
         ),
         Unit(

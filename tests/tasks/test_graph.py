@@ -20,6 +20,7 @@ NOT_IN_KEYS = {
     "data.sources": "their content is",
     "training.checkpoint_every_steps": "changes no result",
     "lora.full_finetuning": "excludes all other settings of its section, so it has a test of its own",
+    "evaluation.task": "the metrics that it stands for are",
     "generation.evaluate_base_model": "decides which units there are",
     "export.types": "decides which units there are",
     "export.destination": "a copy is no artifact",

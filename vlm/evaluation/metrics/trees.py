@@ -1,0 +1,168 @@
+"""Similarity of JSON answers as trees.
+
+Sources: Zhang and Shasha, "Simple Fast Algorithms for the Editing Distance between Trees and Related Problems" (SIAM J.
+Comput. 18, 1989), for the distance; Kim et al., "OCR-free Document Understanding Transformer" (Donut, ECCV 2022),
+section 3.2.1, for the similarity ``max(0, 1 − TED(answer, target) / TED(nothing, target))``. As in Donut's evaluation,
+keys are nodes that cost 1, and values are leaves that cost their characters. The libraries with this algorithm have had
+no release for years, hence our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rapidfuzz.distance import Levenshtein
+
+from vlm.evaluation.metrics.metric import Clean, Score, best_of
+from vlm.evaluation.metrics.records import parse_json, parse_reference
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of an ordered tree."""
+
+    label: str
+    """A key, or a value's text."""
+    children: list[Node] = field(default_factory=list)
+    """From left to right."""
+    is_value: bool = False
+    """Whether the label is a value, which is compared by its characters."""
+
+    @property
+    def cost(self) -> int:
+        """What it costs to insert or to delete it."""
+        return len(self.label) if self.is_value else 1
+
+
+def json_similarity(references: Sequence[str], prediction: str, clean: Clean) -> Score:
+    """Similarity of two JSON trees, between 0 and 1.
+
+    The order of keys does not count, that of lists does. An answer that is no JSON has nothing in common with any.
+
+    Args:
+        references: JSON texts.
+        prediction: The model's answer; a code fence around it does not count.
+        clean: The declared normalisation, applied to values.
+
+    Raises:
+        DataError: A reference is no JSON.
+    """
+    try:
+        found = tree_of(parse_json(prediction), clean)
+    except ValueError:
+        found = None
+    scores = []
+    for reference in references:
+        expected = tree_of(parse_reference(reference), clean)
+        if found is None:
+            scores.append((0.0, 1.0))
+            continue
+        whole = tree_distance(tree_of({}, clean), expected)
+        distance = 0 if expected == found else tree_distance(found, expected)
+        scores.append((max(0.0, 1 - distance / whole) if whole else float(distance == 0), 1.0))
+    return best_of(scores, "higher")
+
+
+def tree_of(value: Any, clean: Clean) -> Node:
+    """Turns parsed JSON into a tree.
+
+    Args:
+        value: Objects, lists and plain values; null is an empty text.
+        clean: Normalisation of texts.
+    """
+    return Node("", _children(value, clean))
+
+
+def _children(value: Any, clean: Clean) -> list[Node]:
+    if isinstance(value, dict):
+        return [Node(key, _children(value[key], clean)) for key in sorted(value)]
+    if isinstance(value, list):
+        # An object in a list needs a node of its own, or its fields would mix with its neighbours'.
+        return [
+            child
+            for item in value
+            for child in (
+                [Node("", _children(item, clean))] if isinstance(item, dict | list) else _children(item, clean)
+            )
+        ]
+    text = "" if value is None else str(value).lower() if isinstance(value, bool) else clean(str(value))
+    return [Node(text, is_value=True)]
+
+
+def tree_distance(left: Node, right: Node) -> int:
+    """Cost of the cheapest way to make one ordered tree of another by inserting, deleting and relabelling nodes.
+
+    Args:
+        left: From this tree.
+        right: To this tree.
+
+    Returns:
+        The Zhang–Shasha distance under the costs of `Node.cost` and `_relabelling`.
+    """
+    nodes, leftmost, roots = _postorder(left)
+    other_nodes, other_leftmost, other_roots = _postorder(right)
+    distances = [[0] * len(other_nodes) for _ in nodes]
+    for i in roots:
+        for j in other_roots:
+            _subtrees(i, j, nodes, other_nodes, leftmost, other_leftmost, distances)
+    return distances[-1][-1]
+
+
+def _subtrees(
+    i: int,
+    j: int,
+    nodes: Sequence[Node],
+    other_nodes: Sequence[Node],
+    leftmost: Sequence[int],
+    other_leftmost: Sequence[int],
+    distances: list[list[int]],
+) -> None:
+    """Fills in the distances of all pairs of subtrees whose roots lie on the leftmost paths below i and j."""
+    first, other_first = leftmost[i], other_leftmost[j]
+    # forest[x][y]: the first x nodes of one subtree, in postorder, against the first y of the other.
+    forest = [[0] * (j - other_first + 2) for _ in range(i - first + 2)]
+    for x in range(first, i + 1):
+        forest[x - first + 1][0] = forest[x - first][0] + nodes[x].cost
+    for y in range(other_first, j + 1):
+        forest[0][y - other_first + 1] = forest[0][y - other_first] + other_nodes[y].cost
+    for x in range(first, i + 1):
+        row, previous = forest[x - first + 1], forest[x - first]
+        for y in range(other_first, j + 1):
+            at = y - other_first + 1
+            best = min(previous[at] + nodes[x].cost, row[at - 1] + other_nodes[y].cost)
+            if leftmost[x] == first and other_leftmost[y] == other_first:
+                best = min(best, previous[at - 1] + _relabelling(nodes[x], other_nodes[y]))
+                distances[x][y] = best
+            else:
+                before = forest[leftmost[x] - first][other_leftmost[y] - other_first]
+                best = min(best, before + distances[x][y])
+            row[at] = best
+
+
+def _relabelling(left: Node, right: Node) -> int:
+    if left.is_value and right.is_value:
+        return int(Levenshtein.distance(left.label, right.label))
+    if left.is_value or right.is_value:
+        return left.cost + right.cost
+    return int(left.label != right.label)
+
+
+def _postorder(root: Node) -> tuple[list[Node], list[int], list[int]]:
+    """Nodes in postorder, the leftmost leaf below each, and the roots from which all subtrees are reached."""
+    nodes: list[Node] = []
+    leftmost: list[int] = []
+
+    def walk(node: Node) -> int:
+        first = None
+        for child in node.children:
+            position = walk(child)
+            first = position if first is None else first
+        nodes.append(node)
+        leftmost.append(len(nodes) - 1 if first is None else first)
+        return leftmost[-1]
+
+    walk(root)
+    highest = {leaf: position for position, leaf in enumerate(leftmost)}
+    return nodes, leftmost, sorted(highest.values())
