@@ -91,7 +91,7 @@ def evaluate_predictions(
     scores = {who: score_rows(rows, evaluation) for who, rows in rows_of.items()}
     clean = cleaner(evaluation)
     failures = {who: [failure_kinds(row, clean) for row in rows] for who, rows in rows_of.items()}
-    metrics = {
+    metrics: dict[str, dict[str, Any]] = {
         name: {"title": METRICS[name].title, "better": METRICS[name].better, "description": METRICS[name].description}
         | entry
         for name, entry in figures(names, scores["tuned"], scores.get("base"), cluster_of_row).items()
@@ -175,14 +175,12 @@ def _slices(
     values: Sequence[str], names: Sequence[MetricName], tuned: Scores, base: Scores | None, groups: Sequence[str | None]
 ) -> dict[str, dict[str, Any]]:
     """Figures of each value's rows, most frequent value first."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, num_rows in Counter(values).most_common():
         chosen = [position for position, other in enumerate(values) if other == name]
         cluster_of_row, _ = _clusters([groups[position] for position in chosen])
-        found[name] = {
-            "num_rows": num_rows,
-            **figures(names, tuned[chosen], None if base is None else base[chosen], cluster_of_row),
-        }
+        of_metrics = figures(names, tuned[chosen], None if base is None else base[chosen], cluster_of_row)
+        found[name] = {"num_rows": num_rows} | dict(of_metrics.items())
     return found
 
 

@@ -70,7 +70,7 @@ def repeated_characters(text: str) -> int:
     longest = 0
     if len(characters) < _REPEATED_CHARACTERS:
         return longest
-    for unit in range(1, min(len(characters) // _TIMES, _LONGEST_UNIT) + 1):
+    for unit in range(1, min((len(characters) + 1) // _TIMES, _LONGEST_UNIT) + 1):
         breaks = np.flatnonzero(characters[unit:] != characters[:-unit])
         edges = np.concatenate(([-1], breaks, [len(characters) - unit]))
         same = int(np.diff(edges).max()) - 1
