@@ -121,7 +121,19 @@ def _training_settings(run: Resolved) -> Json:
     settings = run.config.training.model_dump(mode="json", exclude={"checkpoint_every_steps"})
     if run.config.training.tokens_per_step is not None:
         del settings["gradient_accumulation"]
+    if run.config.training.generate_every_steps is None:
+        del settings["generate_max_rows"]
     return settings | {"device": run.device, "precision": run.precision}
+
+
+def _train_settings(run: Resolved) -> Json:
+    settings = _training_settings(run)
+    if run.config.training.generate_every_steps is not None:
+        answering = run.config.generation.model_dump(mode="json", include={"batch_size", "max_new_tokens"})
+        evaluation = _evaluation_settings(run)
+        del evaluation["slice_by"]
+        settings["rounds"] = answering | evaluation
+    return settings
 
 
 def _generation_settings(run: Resolved) -> Json:
@@ -183,7 +195,7 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             "train",
             ("adapter", "training"),
             ("vlm.training.train",),
-            _training_settings,
+            _train_settings,
             {"checkpoint": CHECKPOINT, "adapter": INITIAL_ADAPTER, "dataset": DATASET, "plan": PLAN},
         ),
     ]
