@@ -32,7 +32,7 @@ class Node:
 
     @property
     def cost(self) -> int:
-        """What it costs to insert or to delete it."""
+        """What it costs to insert or to delete the node."""
         return len(self.label) if self.is_value else 1
 
 
@@ -101,44 +101,38 @@ def tree_distance(left: Node, right: Node) -> int:
     Returns:
         The Zhang–Shasha distance under the costs of `Node.cost` and `_relabelling`.
     """
-    nodes, leftmost, roots = _postorder(left)
-    other_nodes, other_leftmost, other_roots = _postorder(right)
-    distances = [[0] * len(other_nodes) for _ in nodes]
-    for i in roots:
-        for j in other_roots:
-            _subtrees(i, j, nodes, other_nodes, leftmost, other_leftmost, distances)
+    tree, other = _Order(left), _Order(right)
+    distances = [[0] * len(other.nodes) for _ in tree.nodes]
+    for i in tree.roots:
+        for j in other.roots:
+            _subtrees(i, j, tree, other, distances)
     return distances[-1][-1]
 
 
-def _subtrees(
-    i: int,
-    j: int,
-    nodes: Sequence[Node],
-    other_nodes: Sequence[Node],
-    leftmost: Sequence[int],
-    other_leftmost: Sequence[int],
-    distances: list[list[int]],
-) -> None:
+def _subtrees(i: int, j: int, tree: _Order, other: _Order, distances: list[list[int]]) -> None:
     """Fills in the distances of all pairs of subtrees whose roots lie on the leftmost paths below i and j."""
-    first, other_first = leftmost[i], other_leftmost[j]
+    first, other_first = tree.leftmost[i], other.leftmost[j]
+    other_costs, other_leftmost = other.costs, other.leftmost
     # forest[x][y]: the first x nodes of one subtree, in postorder, against the first y of the other.
-    forest = [[0] * (j - other_first + 2) for _ in range(i - first + 2)]
+    row = [0]
+    for cost in other_costs[other_first : j + 1]:
+        row.append(row[-1] + cost)
+    forest = [row]
     for x in range(first, i + 1):
-        forest[x - first + 1][0] = forest[x - first][0] + nodes[x].cost
-    for y in range(other_first, j + 1):
-        forest[0][y - other_first + 1] = forest[0][y - other_first] + other_nodes[y].cost
-    for x in range(first, i + 1):
-        row, previous = forest[x - first + 1], forest[x - first]
-        for y in range(other_first, j + 1):
-            at = y - other_first + 1
-            best = min(previous[at] + nodes[x].cost, row[at - 1] + other_nodes[y].cost)
-            if leftmost[x] == first and other_leftmost[y] == other_first:
-                best = min(best, previous[at - 1] + _relabelling(nodes[x], other_nodes[y]))
-                distances[x][y] = best
+        previous, delete, known = forest[-1], tree.costs[x], distances[x]
+        is_whole = tree.leftmost[x] == first
+        # What remains of the first forest without the subtree below x.
+        before = forest[tree.leftmost[x] - first]
+        best = previous[0] + delete
+        row = [best]
+        for at, y in enumerate(range(other_first, j + 1)):
+            best = min(best + other_costs[y], previous[at + 1] + delete)
+            if is_whole and other_leftmost[y] == other_first:
+                best = known[y] = min(best, previous[at] + _relabelling(tree.nodes[x], other.nodes[y]))
             else:
-                before = forest[leftmost[x] - first][other_leftmost[y] - other_first]
-                best = min(best, before + distances[x][y])
-            row[at] = best
+                best = min(best, before[other_leftmost[y] - other_first] + known[y])
+            row.append(best)
+        forest.append(row)
 
 
 def _relabelling(left: Node, right: Node) -> int:
@@ -149,20 +143,25 @@ def _relabelling(left: Node, right: Node) -> int:
     return int(left.label != right.label)
 
 
-def _postorder(root: Node) -> tuple[list[Node], list[int], list[int]]:
-    """Nodes in postorder, the leftmost leaf below each, and the roots from which all subtrees are reached."""
-    nodes: list[Node] = []
-    leftmost: list[int] = []
+class _Order:
+    """A tree in postorder.
 
-    def walk(node: Node) -> int:
-        first = None
-        for child in node.children:
-            position = walk(child)
-            first = position if first is None else first
-        nodes.append(node)
-        leftmost.append(len(nodes) - 1 if first is None else first)
-        return leftmost[-1]
+    Attributes:
+        nodes: From the first leaf to the root.
+        costs: Of each node.
+        leftmost: Position of the leftmost leaf below each node, or of the node itself.
+        roots: The last node of each that share a leftmost leaf; from these, all pairs of subtrees are reached.
+    """
 
-    walk(root)
-    highest = {leaf: position for position, leaf in enumerate(leftmost)}
-    return nodes, leftmost, sorted(highest.values())
+    def __init__(self, root: Node) -> None:
+        self.nodes: list[Node] = []
+        self.leftmost: list[int] = []
+        self._walk(root)
+        self.costs = [node.cost for node in self.nodes]
+        self.roots = sorted({leaf: position for position, leaf in enumerate(self.leftmost)}.values())
+
+    def _walk(self, node: Node) -> int:
+        leaves = [self._walk(child) for child in node.children]
+        self.nodes.append(node)
+        self.leftmost.append(leaves[0] if leaves else len(self.nodes) - 1)
+        return self.leftmost[-1]
