@@ -120,7 +120,8 @@ def test_answers_during_training_are_logged_and_the_best_adapter_is_kept(
     first_run: dict[str, Any], small_settings: dict[str, Any]
 ) -> None:
     rounds = {"generate_every_steps": 1, "generate_max_rows": 2, "keep_best": "cer", "early_stopping_patience": 3}
-    config = merged(small_settings, training=rounds, evaluation={"metrics": ["anls"]})
+    held_out = {"split": {"validation_fraction": 0.2}}  # of so few rows, the default leaves none
+    config = merged(small_settings, data=held_out, training=rounds, evaluation={"metrics": ["anls"]})
     summary = vision_finetune(config)
     assert {"train", "inference_mode.tuned", "evaluate_and_save.metrics"} <= ran(summary)
     assert set(summary["metrics"]["metrics"]) == {"anls"}
