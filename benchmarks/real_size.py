@@ -179,6 +179,32 @@ REAL_SIZES: dict[str, RealSize] = {
 }
 
 
+def describe(size: str, directory: Path, *, config: Mapping[str, Any] | None = None) -> Path:
+    """Writes a checkpoint folder without weights: configuration, tokenizer and processor.
+
+    Args:
+        size: Name in `REAL_SIZES`.
+        directory: Made if need be.
+        config: Laid over that shape's configuration, such as fewer layers.
+
+    Returns:
+        The folder.
+    """
+    real = REAL_SIZES[size]
+    make_tiny_checkpoint(real.model_type, directory, tie_word_embeddings=real.tied)
+    (directory / "model.safetensors").unlink()
+    _write(directory / "config.json", _overlay(_overlay(_read(directory / "config.json"), real.config), config or {}))
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = directory / name
+        if real.images is None and name == "preprocessor_config.json":
+            path.unlink()
+        elif path.exists():
+            known = _read(path)
+            shared = {key: value for key, value in (real.images or {}).items() if key in known}
+            _write(path, {**known, **shared})
+    return directory
+
+
 def make_checkpoint(size: str, directory: Path, *, config: Mapping[str, Any] | None = None) -> Path:
     """Writes a checkpoint folder in bfloat16, on the GPU where there is one.
 
@@ -197,18 +223,8 @@ def make_checkpoint(size: str, directory: Path, *, config: Mapping[str, Any] | N
     from vlm.loading.model_config import model_config
 
     real = REAL_SIZES[size]
-    make_tiny_checkpoint(real.model_type, directory, tie_word_embeddings=real.tied)
-    (directory / "model.safetensors").unlink()
-    settings = _overlay(_overlay(_read(directory / "config.json"), real.config), config or {})
-    _write(directory / "config.json", settings)
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        path = directory / name
-        if real.images is None and name == "preprocessor_config.json":
-            path.unlink()
-        elif path.exists():
-            known = _read(path)
-            shared = {key: value for key, value in (real.images or {}).items() if key in known}
-            _write(path, {**known, **shared})
+    describe(size, directory, config=config)
+    settings = _read(directory / "config.json")
     family = family_by_name(real.model_type)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

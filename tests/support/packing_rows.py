@@ -13,7 +13,9 @@ from vlm.data.prepared import PreparedRow
 if TYPE_CHECKING:
     import torch
 
+    from vlm.loading.checkpoint import LoadedModel
     from vlm.processing import Processing
+    from vlm.training.collator import VisionDataCollator
 
 IMAGE = {"type": "image"}
 
@@ -58,6 +60,13 @@ def packing_rows(processing: Processing) -> list[PreparedRow]:
             )
         )
     return rows
+
+
+def packing_collator(loaded: LoadedModel, **settings: Any) -> VisionDataCollator:
+    """A collator that packs for a model."""
+    from vlm.training.collator import VisionDataCollator
+
+    return VisionDataCollator(loaded.processing, model_config=loaded.model.config.to_dict(), **settings)
 
 
 def summed_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:

@@ -35,7 +35,7 @@ OTHER_VALUES: dict[str, Any] = {
     "data.on_too_long": "shrink_images",
     "training.schedule": "cosine",
     "training.optimizer": "adamw",
-    "training.activation_memory": "recompute",
+    "training.activation_memory": "keep",
     "training.max_steps": 7,
     "training.epochs": 3.0,
     "generation.split": "validation",

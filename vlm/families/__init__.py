@@ -1,6 +1,15 @@
 """One row per family of models; a branch on the family anywhere else is a missing field here."""
 
-from vlm.families.family import Family, ImageLayout, MediaParts, Packing, Run, context_length_tokens, text_config
+from vlm.families.family import (
+    Family,
+    ImageLayout,
+    MediaParts,
+    PackedSamples,
+    Packing,
+    Run,
+    context_length_tokens,
+    text_config,
+)
 from vlm.families.table import FAMILIES, family_by_name, family_for_config
 
 __all__ = [
@@ -8,6 +17,7 @@ __all__ = [
     "Family",
     "ImageLayout",
     "MediaParts",
+    "PackedSamples",
     "Packing",
     "Run",
     "context_length_tokens",

@@ -49,36 +49,47 @@ RowImages = Sequence[Sequence["np.ndarray"]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedSamples:
+    """What is known of the conversations that share one row.
+
+    Attributes:
+        parts: Processor pieces.
+        samples: Ids of each, of shape [tokens].
+        num_media: Images and videos of each.
+        media: Pixel inputs of all of them, as those of one row.
+        config: The model's `config.json`.
+    """
+
+    parts: MediaParts
+    samples: Sequence[torch.Tensor]
+    num_media: Sequence[int]
+    media: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Packing:
     """How several conversations of a family share one row. See `vlm.packing`.
 
-    A row's samples come as a list of ids of shape [tokens] each, the number of images of each, and the pixel inputs of all
-    images as those of one row.
-
     Attributes:
         language_model: Full name of the language model, which gets the boundaries of the samples.
+        vision_tower: Full name of the vision tower, which gets the tower inputs.
         tower_segments: Whether the vision tower hands boundaries of images or windows to its attention as ends of segments;
             if not, it keeps its own attention.
-        vision_tower: Full name of the vision tower, which gets the tower inputs.
-        tower_inputs: `(model's config.json, pixel inputs)` to arguments of the vision tower that it would else derive from the
-            images' sizes by itself, image by image and with waits for the device; None for none.
-        positions: `(parts, samples, images of each, pixel inputs)` to position ids of shape [axes, 1, tokens]; None for
-            0, 1, 2, … in every sample, of shape [1, tokens].
-        row_inputs: `(parts, samples, images of each, pixel inputs)` to more entries of the packed row; None for none.
+        tower_inputs: Gives, for each call of the vision tower, arguments that it would else derive from the images' sizes by
+            itself, image by image and with waits for the device; None for none.
+        positions: Gives position ids of shape [axes, 1, tokens]; None for 0, 1, 2, … in every sample, of shape [1, tokens].
+        row_inputs: Gives more entries of the packed row; None for none.
         language_inputs: `(model, packed row)` to more arguments of the language model's layers; None for none.
         install: Puts hooks on a live model and gives their handles; None for no hooks.
     """
 
     language_model: str = "model.language_model"
-    tower_segments: bool
     vision_tower: str = "model.visual"
-    tower_inputs: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
-    positions: Callable[[MediaParts, Sequence[torch.Tensor], Sequence[int], Mapping[str, Any]], torch.Tensor] | None = (
-        None
-    )
-    row_inputs: (
-        Callable[[MediaParts, Sequence[torch.Tensor], Sequence[int], Mapping[str, Any]], dict[str, Any]] | None
-    ) = None
+    tower_segments: bool
+    tower_inputs: Callable[[PackedSamples], list[dict[str, Any]]] | None = None
+    positions: Callable[[PackedSamples], torch.Tensor] | None = None
+    row_inputs: Callable[[PackedSamples], dict[str, Any]] | None = None
     language_inputs: Callable[[Any, Mapping[str, Any]], dict[str, Any]] | None = None
     install: Callable[[Any], list[Any]] | None = None
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlm.families.family import MediaParts
+from vlm.families.family import PackedSamples
 from vlm.families.mllama_media import IMAGE_TOKEN
 
 if TYPE_CHECKING:
@@ -32,16 +32,11 @@ if TYPE_CHECKING:
 _CROSS = "cross_segments"
 
 
-def row_inputs(
-    parts: MediaParts, samples: Sequence[torch.Tensor], num_images: Sequence[int], media: Mapping[str, Any]
-) -> dict[str, Any]:
+def row_inputs(packed: PackedSamples) -> dict[str, Any]:
     """Spans of text and the tiles that they look at.
 
     Args:
-        parts: Processor pieces.
-        samples: Ids of each sample, of shape [tokens].
-        num_images: Images of each sample.
-        media: Pixel inputs of all images in one row.
+        packed: The samples.
 
     Returns:
         Into the packed row: ``span_lengths`` and ``span_tiles`` (lists: positions in each span, tiles that it looks at),
@@ -50,19 +45,19 @@ def row_inputs(
     """
     import torch
 
-    if "aspect_ratio_mask" not in media:
+    if "aspect_ratio_mask" not in packed.media:
         return {}
-    tile_mask = media["aspect_ratio_mask"][0]
+    tile_mask = packed.media["aspect_ratio_mask"][0]
     most_tiles = tile_mask.shape[1]
     own = tile_mask.sum(-1).tolist()
-    image_token = parts.token_id(IMAGE_TOKEN)
+    image_token = packed.parts.token_id(IMAGE_TOKEN)
     lengths: list[int] = []
     counts: list[int] = []
     queries: list[torch.Tensor] = []
     tiles: list[int] = []
-    belongs = torch.zeros(sum(len(ids) for ids in samples))
+    belongs = torch.zeros(sum(len(ids) for ids in packed.samples))
     start = first_image = 0
-    for ids, count in zip(samples, num_images, strict=True):
+    for ids, count in zip(packed.samples, packed.num_media, strict=True):
         images = (ids == image_token).nonzero()[:, 0].tolist()
         assert len(images) == count, "each image has one token"
         if images:

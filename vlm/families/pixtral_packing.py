@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from vlm.packing.attention import Segments
 
 
-def install(model: Any) -> list[Any]:
+def install(model: Any, *, tower_name: str = "model.vision_tower") -> list[Any]:
     """Hooks that tell the tower's layers where images end.
 
     Args:
         model: A model with a Pixtral tower.
+        tower_name: Full name of the tower.
 
     Returns:
         Handles that remove them.
     """
-    tower = model.model.vision_tower
+    tower = model.get_submodule(tower_name)
     found: list[Segments] = []
 
     def sizes_as_numbers(

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vlm.kernels.triton_use import use_triton
+
 
 class Gradients(NamedTuple):
     """What the backward pass of a projection gives; None where nobody asked."""
@@ -125,6 +127,11 @@ def dequantized(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     Returns:
         Tensor of shape [N, K].
     """
+    if use_triton(packed):
+        from vlm.kernels import nf4_triton
+
+        if nf4_triton.takes(packed, state):
+            return nf4_triton.dequantized(packed, state, dtype)
     from bitsandbytes.functional import dequantize_blockwise
 
     absmax = state.absmax

@@ -100,7 +100,7 @@ def _install_projections(
         if "linear" in pieces and _is_lora(module):
             reason = _why_not(module)
             if reason is None:
-                _replace_forward(module, partial(_linear_forward, module, module.forward), stack)
+                _replace_forward(module, partial(_linear_forward, _lora_place(module), module.forward), stack)
                 report.fused["linear"] += 1
             else:
                 report.left[reason] += 1
@@ -109,10 +109,10 @@ def _install_projections(
             if names is None or not all(is_feed_forward(f"{name}.{child}") for child in names if child):
                 continue
             activation = next((getattr(module, word) for word in _ACTIVATIONS if hasattr(module, word)), None)
-            children = [getattr(module, child) for child in names if child]
-            if activation is None or any(_adapted(child) is None for child in children):
+            gate, up, down = (_place(getattr(module, child)) if child else None for child in names)
+            if activation is None or up is None or down is None or (gate is None and names[0] is not None):
                 continue
-            _replace_forward(module, partial(_mlp_forward, module, module.forward, names, activation), stack)
+            _replace_forward(module, partial(_mlp_forward, module.forward, gate, up, down, activation), stack)
             report.fused["mlp"] += 1
 
 
@@ -161,28 +161,42 @@ def _why_not(layer: Any) -> str | None:
     return None
 
 
-def _adapted(module: Any) -> Adapted | None:
-    """A projection of a feed-forward block with its matrices; None where it cannot be fused as it is now."""
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A projection as it was found. What may change during a training is read anew in every pass."""
+
+    projection: Projection
+    layer: Any = None
+    a: Any = None
+    b: Any = None
+
+    def adapted(self) -> Adapted | None:
+        """The projection and its matrices; None where peft has the update merged into the weight."""
+        if self.layer is None or self.layer.disable_adapters:
+            return self.projection, None, None
+        return None if self.layer.merged else (self.projection, self.a.weight, self.b.weight)
+
+
+def _lora_place(layer: Any) -> _Place:
+    adapter = next(name for name in layer.active_adapters if name in layer.lora_A)
+    projection = Projection(layer.get_base_layer(), layer.scaling[adapter])
+    return _Place(projection, layer, layer.lora_A[adapter], layer.lora_B[adapter])
+
+
+def _place(module: Any) -> _Place | None:
+    """A projection of a feed-forward block; None where it cannot be fused."""
     if _is_lora(module):
-        if _why_not(module) is not None or module.merged:
-            return None
-        projection, a, b = _lora_parts(module)
-        return (projection, None, None) if module.disable_adapters else (projection, a, b)
+        return _lora_place(module) if _why_not(module) is None else None
     if _is_plain_linear(module) and not any(parameter.requires_grad for parameter in module.parameters()):
-        return Projection(module), None, None
+        return _Place(Projection(module))
     return None
 
 
-def _lora_parts(layer: Any) -> tuple[Projection, Tensor, Tensor]:
-    adapter = next(name for name in layer.active_adapters if name in layer.lora_A)
-    projection = Projection(layer.get_base_layer(), layer.scaling[adapter])
-    return projection, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-
-
-def _linear_forward(layer: Any, stock: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or layer.disable_adapters or layer.merged:
+def _linear_forward(place: _Place, stock: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    adapted = place.adapted()
+    if args or kwargs or adapted is None:
         return stock(x, *args, **kwargs)
-    return lora_linear(x, *_lora_parts(layer))
+    return lora_linear(x, *adapted)
 
 
 def _block_names(module: Any) -> tuple[str | None, str, str] | None:
@@ -194,16 +208,18 @@ def _block_names(module: Any) -> tuple[str | None, str, str] | None:
 
 
 def _mlp_forward(
-    module: Any,
     stock: Callable[..., Tensor],
-    names: tuple[str | None, str, str],
+    gate: _Place | None,
+    up: _Place,
+    down: _Place,
     activation: Callable[[Tensor], Tensor],
     x: Tensor,
 ) -> Tensor:
-    gate, up, down = (_adapted(getattr(module, name)) if name else None for name in names)
-    if up is None or down is None or (gate is None) != (names[0] is None):
+    up_now, down_now = up.adapted(), down.adapted()
+    gate_now = None if gate is None else gate.adapted()
+    if up_now is None or down_now is None or (gate is not None and gate_now is None):
         return stock(x)
-    return mlp(x, up, down, gate, activation)
+    return mlp(x, up_now, down_now, gate_now, activation)
 
 
 def _is_frozen_rms_norm(module: Any) -> bool:

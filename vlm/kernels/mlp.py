@@ -1,4 +1,4 @@
-"""A feed-forward block over frozen, adapted projections as one autograd function.
+"""A feed-forward block over frozen, adapted projections as one step of the backward pass.
 
     gated:   y = down(φ(gate(x)) · up(x))          plain:   y = down(φ(up(x)))
 
@@ -51,7 +51,13 @@ class _Block:
         return (gradients[0], gradients[1]) if len(inputs) == 2 else (None, gradients[0])
 
 
-class _Mlp(torch.autograd.Function):
+class _Enter(torch.autograd.Function):
+    """All of the backward pass, and the forward pass up to `down`.
+
+    The output is a token of y's shape without values. So everything is kept before `down` runs, and recomputing a layer
+    that ends in this block stops there: a third of the block's products are not made again.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -63,34 +69,26 @@ class _Mlp(torch.autograd.Function):
         a_gate: Tensor | None,
         b_gate: Tensor | None,
         block: _Block,
+        shelf: list[Tensor | None],
     ) -> Tensor:
         g, xa_gate = block.gate.forward(x, a_gate, b_gate) if block.gate is not None else (None, None)
         u, xa_up = block.up.forward(x, a_up, b_up)
-        y, ha = block.down.forward(block.inner(g, u), a_down, b_down)
+        shelf[:] = g, u
         ctx.block = block
-        ctx.save_for_backward(
-            x if ctx.needs_input_grad[1] or ctx.needs_input_grad[5] else None,
-            g,
-            u,
-            xa_up,
-            ha,
-            xa_gate,
-            a_up,
-            b_up,
-            a_down,
-            b_down,
-            a_gate,
-            b_gate,
-        )
-        return y
+        kept_x = x if ctx.needs_input_grad[1] or ctx.needs_input_grad[5] else None
+        ctx.save_for_backward(kept_x, g, u, xa_up, xa_gate, a_up, b_up, a_down, b_down, a_gate, b_gate)
+        return x.new_empty(1).expand(len(x), block.down.layer.out_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, g, u, xa_up, ha, xa_gate, a_up, b_up, a_down, b_down, a_gate, b_gate = ctx.saved_tensors
+        x, g, u, xa_up, xa_gate, a_up, b_up, a_down, b_down, a_gate, b_gate = ctx.saved_tensors
         block: _Block = ctx.block
         needs = ctx.needs_input_grad
-        h = block.inner(g, u) if needs[3] else None
+        h = ha = None
+        if needs[3] or needs[4]:
+            h = block.inner(g, u)
+            ha = h @ a_down.to(h.dtype).t()
         dh, da_down, db_down = block.down.backward(dy, h, ha, a_down, b_down, needs=(True, *needs[3:5]))
         del h
         assert dh is not None
@@ -104,7 +102,24 @@ class _Mlp(torch.autograd.Function):
             dx, da_gate, db_gate = block.gate.backward(
                 dg, x, xa_gate, a_gate, b_gate, needs=(needs[0], *needs[5:7]), add_to=dx
             )
-        return dx, da_up, db_up, da_down, db_down, da_gate, db_gate, None
+        return dx, da_up, db_up, da_down, db_down, da_gate, db_gate, None, None
+
+
+class _Leave(torch.autograd.Function):
+    """The rest of the forward pass, whose gradient is the token's as it comes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, a_down: Tensor | None, b_down: Tensor | None, block: _Block, shelf: list[Tensor | None]
+    ) -> Tensor:
+        g, u = shelf
+        assert u is not None
+        return block.down.forward(block.inner(g, u), a_down, b_down)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, None, None, None, None
 
 
 def mlp(x: Tensor, up: Adapted, down: Adapted, gate: Adapted | None, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -122,7 +137,11 @@ def mlp(x: Tensor, up: Adapted, down: Adapted, gate: Adapted | None, activation:
     """
     rows = x.to(compute_dtype(x)).reshape(-1, x.shape[-1])
     block = _Block(up[0], down[0], None if gate is None else gate[0], activation)
-    y: Tensor = _Mlp.apply(rows, *up[1:], *down[1:], *(gate[1:] if gate is not None else (None, None)), block)
+    matrices = (*up[1:], *down[1:], *(gate[1:] if gate is not None else (None, None)))
+    shelf: list[Tensor | None] = []
+    token = _Enter.apply(rows, *matrices, block, shelf)
+    detached = (None if matrix is None else matrix.detach() for matrix in down[1:])
+    y: Tensor = _Leave.apply(token, *detached, block, shelf)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

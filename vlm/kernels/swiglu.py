@@ -34,7 +34,7 @@ def swiglu_backward(g: Tensor, u: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         g: As in `swiglu`.
         u: As in `swiglu`.
-        dh: Contiguous tensor of shape [M, I].
+        dh: Contiguous tensor of shape [M, I], whose memory may be used for the result.
     """
     if use_triton(g):
         from vlm.kernels import swiglu_triton

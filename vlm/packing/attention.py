@@ -172,9 +172,9 @@ def attend(
     lengths_q = segments.lengths_q
     lengths_k = lengths_q if segments.lengths_k is None else segments.lengths_k
     if segments.queries is not None:
-        query = query[:, :, segments.queries]
+        query = query.index_select(2, segments.queries)
     if segments.keys is not None:
-        key, value = key[:, :, segments.keys], value[:, :, segments.keys]
+        key, value = (tensor.index_select(2, segments.keys) for tensor in (key, value))
     assert sum(lengths_q) == query.shape[2], "segments cover all queries"
     assert sum(lengths_k) == key.shape[2], "segments cover all keys"
     if takes_varlen(query):
@@ -210,11 +210,11 @@ def _dtype(query: torch.Tensor) -> torch.dtype:
 
 
 @functools.cache
-def _varlen_options() -> dict[str, Any]:
-    """Grouped key heads have to be asked for since PyTorch 2.12 or so, and cannot be before."""
+def _kernel() -> tuple[Any, frozenset[str]]:
+    """The kernel's function and the names of its arguments, which differ between versions of PyTorch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _varlen(
@@ -229,24 +229,23 @@ def _varlen(
     causal: bool,
     window: int | None,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    dtype = _dtype(query)
+    kernel, names = _kernel()
+    dtype, head = _dtype(query), query.shape[-1]
     # [1, heads, tokens, head] to [tokens, heads, head]
     query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
-    reach = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        ends_q,
-        ends_k,
-        longest_q,
-        longest_k,
-        scale=scaling,
-        window_size=reach,
-        **(_varlen_options() if key.shape[1] != query.shape[1] else {}),
-    )
+    options: dict[str, Any] = {}
+    if scaling is not None and "scale" in names:
+        options["scale"] = scaling
+    elif scaling is not None and scaling != head**-0.5:
+        query = query * (scaling * head**0.5)
+    if "window_size" in names:
+        options["window_size"] = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
+    else:
+        assert window is None, "this version of PyTorch has no kernel for windows"
+        options["is_causal"] = causal
+    if key.shape[1] != query.shape[1] and "enable_gqa" in names:
+        options["enable_gqa"] = True
+    output = kernel(query, key, value, ends_q, ends_k, longest_q, longest_k, **options)
     assert isinstance(output, torch.Tensor)
     return output[None]
 

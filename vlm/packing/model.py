@@ -37,14 +37,18 @@ def packed(model: Any, family: Family) -> Iterator[None]:
     register()
     row: dict[str, Any] = {}
 
+    calls: Iterator[dict[str, Any]] = iter(())
+
     def take(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        nonlocal calls
         row.clear()
         rest = dict(kwargs)
         row.update(rest.pop(PACKED_ROW, {}))
+        calls = iter(row.get("tower", ()))
         return args, rest
 
     def equip(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, **row.get("tower", {})}
+        return args, {**kwargs, **(next(calls) if row else {})}
 
     def give(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if not row:

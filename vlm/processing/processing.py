@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vlm.errors import ModelError
-from vlm.families import Family, MediaParts, Run
+from vlm.families import Family, MediaParts, PackedSamples, Run
 from vlm.families.classes import transformers_class
 from vlm.processing import files
 from vlm.processing.encoding import ChatEncoder, Encoded
@@ -233,41 +233,41 @@ class Processing:
         return {**media, **self.family.token_inputs(self._parts, input_ids, media)}
 
     def packed_inputs(
-        self,
-        samples: Sequence[torch.Tensor],
-        images: Sequence[Sequence[np.ndarray]],
-        model_config: Mapping[str, Any] | None = None,
+        self, samples: Sequence[torch.Tensor], images: Sequence[Sequence[Any]], config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """All that the model takes beside ids and labels for several conversations in one row.
 
         Args:
             samples: Ids of each conversation, of shape [tokens].
-            images: For each conversation, uint8 arrays of shape [height, width, 3] at their target size.
-            model_config: The model's `config.json`, for what can be derived from it beforehand; None derives less.
+            images: For each conversation, its images and videos as for `pixel_inputs`.
+            config: The model's `config.json`.
 
         Returns:
-            ``position_ids``, the pixel inputs, and ``packed_row``: where the samples end, as a list and as a tensor.
+            ``position_ids``, the pixel inputs, and ``packed_row``: where the samples end, as a list and as a tensor, and
+            what the family's packing needs beside.
         """
         import torch
 
         packing = self.family.packing
         assert packing is not None, f"{self.family.model_type} cannot be packed"
-        counts = [len(own) for own in images]
-        pixels = self.pixel_inputs([[image for own in images for image in own]])
         lengths = [len(ids) for ids in samples]
+        packed = PackedSamples(
+            parts=self._parts,
+            samples=samples,
+            num_media=[len(own) for own in images],
+            media=self.pixel_inputs([[image for own in images for image in own]]),
+            config=config,
+        )
+        row: dict[str, Any] = {"lengths": lengths, "ends": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)}
         if packing.positions is not None:
-            positions = packing.positions(self._parts, samples, counts, pixels)
+            positions = packing.positions(packed)
         else:
             positions = torch.cat([torch.arange(length) for length in lengths])[None]
-        row: dict[str, Any] = {
-            "lengths": lengths,
-            "ends": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        }
-        if packing.tower_inputs is not None and model_config is not None:
-            row["tower"] = packing.tower_inputs(model_config, pixels)
+        if packing.tower_inputs is not None:
+            row["tower"] = packing.tower_inputs(packed)
         if packing.row_inputs is not None:
-            row |= packing.row_inputs(self._parts, samples, counts, pixels)
-        return {"position_ids": positions, **pixels, "packed_row": row}
+            row |= packing.row_inputs(packed)
+        return {"position_ids": positions, **packed.media, "packed_row": row}
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated ids, without control tokens (but for the family's markup) and without changes to white space."""

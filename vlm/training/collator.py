@@ -22,7 +22,7 @@ class VisionDataCollator:
         processing: Gives image tensors and ids of control tokens.
         train_on_prompts: Put loss on everything but padding and media tokens, rather than on the assistant's words.
         pad_to_multiple_of: Makes the length of every batch a multiple of this.
-        model_config: The model's `config.json`, from which a packed row is prepared further; None leaves more to the model.
+        model_config: The model's `config.json`, for packed rows; None for padded batches only.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class VisionDataCollator:
             ``input_ids`` and ``labels`` of shape [1, tokens of all rows], ``position_ids``, ``packed_row`` and the model's
             image tensors. The first label of each row is left out: nothing of the row stands before it.
         """
+        assert self.model_config is not None, "packed rows need the model's configuration"
         samples = [torch.tensor(row.input_ids, dtype=torch.long) for row in rows]
         labels = [self.labels_of(row, own) for row, own in zip(rows, samples, strict=True)]
         for own in labels:

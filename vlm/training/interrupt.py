@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class TrainingInterrupted(BaseException):
@@ -27,7 +28,9 @@ class TrainingInterrupted(BaseException):
 
 
 class StopFlag:
-    """Catches SIGTERM for the length of a ``with`` block and remembers it; a block that ends well all the same passes it on.
+    """Catches SIGTERM and Ctrl-C for the length of a ``with`` block and remembers them.
+
+    A block that ends well all the same passes the signal on. A second Ctrl-C does not wait for the block.
 
     Signals reach the main thread only; in any other thread the block changes nothing.
 
@@ -37,25 +40,26 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._installed = False
-        self._previous: object = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopFlag:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._remember)
-            self._installed = True
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._previous[signum] = signal.signal(signum, self._remember)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._installed:
+        for signum, handler in self._previous.items():
             # A handler that was not set from Python reads as None and cannot be put back.
-            signal.signal(signal.SIGTERM, self._previous if self._previous is not None else signal.SIG_DFL)  # type: ignore[arg-type]
-            self._installed = False
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
         if self.signum is not None and kind is None:
             # It came too late for the block to act on it; whoever handled it before shall do so now.
             signal.raise_signal(self.signum)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
+        if signum == self.signum == signal.SIGINT:
+            raise KeyboardInterrupt
         self.signum = signum

@@ -23,9 +23,12 @@ from vlm.families import Family
 from vlm.training.activation import ActivationPlan
 
 _HIDDEN_UNITS, _INTERMEDIATE_UNITS = 12.0, 6.5
-# While a fused layer runs backward: three gradients as wide as its feed-forward block, a few as wide as itself.
-_BACKWARD_HIDDEN_UNITS, _BACKWARD_INTERMEDIATE_UNITS = 4.0, 3.0
+# While a fused layer runs backward: gradients as wide as its feed-forward block (of gate and up; of a plain block before and
+# after the activation, and the activation itself), and a few as wide as the layer.
+_BACKWARD_HIDDEN_UNITS, _BACKWARD_GATED_UNITS, _BACKWARD_PLAIN_UNITS = 4.0, 2.0, 3.0
 _UNFUSED_TEMPORARIES = 0.4
+# Beside the layers: embeddings before and after image features are put in, the last norm's input and output, a gradient.
+_OUTSIDE_HIDDEN_UNITS = 5.0
 # Inputs on their way to the host's memory or back.
 _OFFLOADS_IN_FLIGHT = 2
 # The share of the activation estimate that no run has been seen to stay under.
@@ -73,7 +76,8 @@ class Tower:
         """
         if not fused:
             return _UNFUSED_TEMPORARIES * self.kept_values(fused=False)
-        return _BACKWARD_HIDDEN_UNITS * self.hidden + _BACKWARD_INTERMEDIATE_UNITS * self.intermediate
+        inner = _BACKWARD_GATED_UNITS if self.gated else _BACKWARD_PLAIN_UNITS
+        return _BACKWARD_HIDDEN_UNITS * self.hidden + inner * self.intermediate
 
     def activation_bytes(
         self,
@@ -108,7 +112,7 @@ class Tower:
             if num_recomputed:
                 inputs = min(num_recomputed, _OFFLOADS_IN_FLIGHT) if offload else num_recomputed
                 values += inputs * self.hidden + layer
-        return length_tokens * value_bytes * values
+        return length_tokens * value_bytes * (values + _OUTSIDE_HIDDEN_UNITS * self.hidden)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Shrinking:
         if len(rows) == 1:
             raise ResourceError(
                 f"row {rows[0]} of the training split, with {tokens} tokens, does not fit into the GPU's memory by itself;"
-                " turn training.gradient_checkpointing on, lower data.max_pixels or data.max_length_tokens, or take a larger GPU"
+                " set training.activation_memory to 'offload', lower data.max_pixels or data.max_length_tokens, or take a larger GPU"
             )
         self._most_tokens = max(1, tokens // 2)
         _logger.warning(

@@ -71,7 +71,7 @@ def train_adapter(
         The content of ``training.json``.
 
     Raises:
-        TrainingInterrupted: SIGTERM came; the last finished step is in a checkpoint in `work_dir`.
+        TrainingInterrupted: SIGTERM or Ctrl-C came; the last finished step is in a checkpoint in `work_dir`.
         ConfigError: The plan was made for another device or precision, or the loss became infinite.
     """
     plan = read_plan(plan_dir)

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and rotary embedding against the same from plain operations, with and without Triton.
+"""RMSNorm, SwiGLU, rotary embedding and unpacking against the same from plain operations, with and without Triton.
 
 The kernels themselves run on a GPU, or anywhere under Triton's interpreter: TRITON_INTERPRET=1.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from vlm.kernels.frozen_linear import dequantized
 from vlm.kernels.rms_norm import rms_norm, rms_norm_eager
 from vlm.kernels.rotary import rotary, rotary_eager
 from vlm.kernels.swiglu import swiglu, swiglu_backward
@@ -67,7 +68,7 @@ def test_swiglu(random: Random, device: str, dtype: torch.dtype, shape: tuple[in
     expected = torch.nn.functional.silu(g) * u
     assert_near(swiglu(g.detach(), u.detach()), expected, dtype)
     for found, gradient in zip(
-        swiglu_backward(g.detach(), u.detach(), dh), torch.autograd.grad(expected, (g, u), dh), strict=True
+        swiglu_backward(g.detach(), u.detach(), dh.clone()), torch.autograd.grad(expected, (g, u), dh), strict=True
     ):
         assert_near(found, gradient, dtype)
 
@@ -85,6 +86,24 @@ def test_rotary(random: Random, device: str, dtype: torch.dtype, batch: int, ang
     assert_near(found, expected, dtype)
     dy = random(batch, 15, 5, width).to(device, dtype)
     assert_near(*(torch.autograd.grad(y, rows, dy)[0] for y in (found, expected)), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", [(1, 64), (96, 192), (520, 128)])
+def test_nf4(random: Random, device: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    import bitsandbytes as bnb
+
+    weight = bnb.nn.Params4bit(random(*shape), requires_grad=False, compress_statistics=True, quant_type="nf4").to(
+        device
+    )
+    state = weight.quant_state
+    found = dequantized(weight.data, state, dtype)
+    state.dtype = torch.float32
+    expected = bnb.functional.dequantize_4bit(weight.data, state)
+    assert found.shape == shape
+    # A product and a sum may be rounded once or twice in between.
+    torch.testing.assert_close(found, expected.to(dtype), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-7)
 
 
 @pytest.mark.skipif(not has_triton(), reason="needs Triton")

@@ -152,4 +152,32 @@ def test_what_a_block_keeps(random: Random, gated: bool, stored: Callable[[], li
     matrices = [matrix for layer in (up, down, gate) if layer for matrix in layer[1:]]
     kept = [tensor for tensor in stored() if not any(tensor is matrix for matrix in matrices)]
     widths = sorted(tensor.shape[-1] for tensor in kept)
-    assert widths == ([3, 3, 3, 64, 96, 96] if gated else [3, 3, 64, 96])
+    assert widths == ([3, 3, 64, 96, 96] if gated else [3, 64, 96])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_recomputing_a_block_leaves_out_its_last_product(
+    random: Random, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    up, down = adapted(64, 96, random), adapted(96, 64, random)
+    gate = adapted(64, 96, random) if gated else None
+    calls: list[Any] = []
+    stock = Projection.forward
+
+    def forward(self: Projection, *args: Any) -> Any:
+        calls.append(self)
+        return stock(self, *args)
+
+    monkeypatch.setattr(Projection, "forward", forward)
+    x = random(5, 64, learns=True)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return x + mlp(x, up, down, gate, torch.nn.SiLU())
+
+    inputs = [x, *up[1:], *down[1:]]
+    gradients = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), inputs)
+    assert [calls.count(part[0]) for part in (up, down)] == [2, 1]
+    for found, expected in zip(gradients, torch.autograd.grad(layer(x).square().sum(), inputs), strict=True):
+        assert torch.equal(found, expected)

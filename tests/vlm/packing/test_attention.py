@@ -1,13 +1,21 @@
 """The attention function against dense attention under a mask."""
 
+import inspect
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 
+from tests.support.packing_rows import packing_collator, packing_rows
+from tests.support.slow_kernel import slow_varlen, slow_varlen_2_10
 from vlm.errors import ConfigError
+from vlm.families import FAMILIES
+from vlm.packing import attention
 from vlm.packing.attention import Segments, attend, ends_of, packed_attention
+from vlm.packing.model import packed
 
 HEADS, KEY_HEADS, HEAD = 4, 2, 8
 
@@ -84,6 +92,56 @@ def test_nothing_of_a_neighbour_gets_through() -> None:
         spoilt = attend(query, key, value, segments, causal=True)
         assert torch.equal(spoilt[:, :4], clean[:, :4])
         assert torch.equal(spoilt[:, 10:], clean[:, 10:])
+
+
+def use_kernel(kernel: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends attention the way that it takes on a GPU in 16 bit."""
+    monkeypatch.setattr(attention, "_kernel", lambda: (kernel, frozenset(inspect.signature(kernel).parameters)))
+    monkeypatch.setattr(attention, "takes_varlen", lambda query: True)
+
+
+@pytest.mark.parametrize("kernel", [slow_varlen, slow_varlen_2_10])
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
+@pytest.mark.parametrize("scaling", [None, 0.2])
+def test_what_the_kernel_is_given(
+    monkeypatch: pytest.MonkeyPatch, kernel: Callable, causal: bool, window: int | None, scaling: float | None
+) -> None:
+    if kernel is slow_varlen_2_10 and window is not None:
+        pytest.skip("that version has no windows")
+    lengths = (3, 3, 7, 1)
+    inputs = tensors(14, 14)
+    segments = Segments(ends_of(lengths), lengths)
+    expected = attend(*inputs, segments, scaling=scaling, causal=causal, window=window)
+    use_kernel(kernel, monkeypatch)
+    found = attend(*inputs, segments, scaling=scaling, causal=causal, window=window)
+    assert_same(found, expected.double(), inputs)
+
+
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.packing is not None])
+def test_whole_models_through_the_kernel(tiny_run: Callable, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny_run(model_type).loaded
+    collator = packing_collator(loaded)
+    batch = collator.pack(packing_rows(loaded.processing))
+    del batch["labels"]
+    calls: list[int] = []
+
+    def counted(*args: Any, scale: float | None = None, **options: Any) -> torch.Tensor:
+        calls.append(len(args[0]))
+        return slow_varlen(*args, scale=scale, **options)
+
+    with packed(loaded.model, loaded.family), torch.no_grad():
+        expected = loaded.model(**batch).logits
+        use_kernel(counted, monkeypatch)
+        names = frozenset(inspect.signature(slow_varlen).parameters)
+        monkeypatch.setattr(attention, "_kernel", lambda: (counted, names))
+        found = loaded.model(**batch).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    names_of_layers = [name for name, _ in loaded.model.named_modules()]
+    pattern = loaded.family.language_layer + (
+        f"|{loaded.family.vision_layer}" if loaded.family.packing.tower_segments else ""
+    )
+    # One call per layer, whatever the number of samples, images and windows.
+    assert len(calls) == sum(re.fullmatch(pattern, name) is not None for name in names_of_layers)
 
 
 class Layer(torch.nn.Module):

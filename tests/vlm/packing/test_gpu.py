@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.packing_rows import on_device, packing_rows, summed_loss
+from tests.support.packing_rows import on_device, packing_collator, packing_rows, summed_loss
 from tests.support.tiny_models import make_tiny_checkpoint
 from vlm.config import LoraConfig, ModelConfig
 from vlm.families import FAMILIES
 from vlm.packing import attention
 from vlm.packing.attention import Segments, attend, ends_of
 from vlm.packing.model import packed
-from vlm.training.collator import VisionDataCollator
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -109,7 +108,7 @@ def test_packed_in_bfloat16(tmp_path: Path, kernel_calls: list[int], model_type:
     build_adapter(loaded, LoraConfig(rank=4, finetune_projector=True, seed=3), tmp_path / "adapter")
     _fill(tmp_path / "adapter")
     rows = packing_rows(loaded.processing)
-    collator = VisionDataCollator(loaded.processing)
+    collator = packing_collator(loaded)
 
     def run(which: Any, pack: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss, and all gradients as one vector."""
@@ -145,7 +144,7 @@ def test_a_spoilt_neighbour_changes_no_bit_of_the_kernel(tmp_path: Path, model_t
     loaded = loaded_on_gpu(model_type, tmp_path)
     if loaded.family.language_expert_parameters is not None:
         pytest.skip("how many tokens an expert sees decides the order of sums")
-    batch = on_device(VisionDataCollator(loaded.processing).pack(packing_rows(loaded.processing)), "cuda")
+    batch = on_device(packing_collator(loaded).pack(packing_rows(loaded.processing)), "cuda")
     del batch["labels"]
     lengths = batch["packed_row"]["lengths"]
     embeddings = loaded.model.get_input_embeddings()

@@ -1,6 +1,5 @@
 """Packed rows against the same conversations one by one: loss, every gradient, and what a spoilt neighbour does."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.packing_rows import cut, packing_rows, summed_loss
+from tests.support.packing_rows import cut, packing_collator, packing_rows, summed_loss
 from vlm.config import LoraConfig
 from vlm.data.prepared import PreparedRow
 from vlm.families import FAMILIES
@@ -17,8 +16,8 @@ from vlm.lora.attach import attached
 from vlm.lora.build import build_adapter
 from vlm.lora.peft_model import base_model
 from vlm.packing.model import packed
-from vlm.training.collator import VisionDataCollator
-from vlm.training.trainer import checkpointed
+from vlm.training.activation import ActivationPlan
+from vlm.training.recompute import recomputed
 
 PACKABLE = [model_type for model_type, family in FAMILIES.items() if family.packing is not None]
 # Sums of some hundred float32 terms in another order: a few 1e-6 relative, for every parameter as a whole.
@@ -31,7 +30,7 @@ class Setting:
     def __init__(self, loaded: Any, model: torch.nn.Module) -> None:
         self.loaded, self.model = loaded, model
         self.rows = packing_rows(loaded.processing)
-        self.collator = VisionDataCollator(loaded.processing, model_config=loaded.model.config.to_dict())
+        self.collator = packing_collator(loaded)
 
     def one_by_one(self, rows: Sequence[PreparedRow]) -> tuple[float, dict[str, torch.Tensor]]:
         losses = []
@@ -128,16 +127,10 @@ def test_packed_is_one_by_one(setting: Callable[[str], Setting], model_type: str
 @pytest.mark.parametrize("model_type", PACKABLE)
 def test_packed_with_recomputation(setting: Callable[[str], Setting], model_type: str) -> None:
     made = setting(model_type)
-    family = made.loaded.family
     plain = made.packed(made.rows)
-    with checkpointed(
-        base_model(made.model),
-        True,
-        lambda name: False,
-        lambda name: re.fullmatch(f"{family.vision_layer}|{family.language_layer}", name) is not None,
-    ):
-        recomputed = made.packed(made.rows)
-    assert_same(recomputed, plain)
+    with recomputed(base_model(made.model), made.loaded.family, ActivationPlan(None, None)):
+        again = made.packed(made.rows)
+    assert_same(again, plain)
 
 
 @pytest.mark.parametrize("model_type", PACKABLE)
@@ -189,7 +182,7 @@ def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("model_type", PACKABLE)
 def test_the_model_is_left_as_found(tiny_run: Callable, model_type: str) -> None:
     loaded = tiny_run(model_type).loaded
-    collator = VisionDataCollator(loaded.processing)
+    collator = packing_collator(loaded)
     rows = packing_rows(loaded.processing)[:3]
     model = loaded.model
 
@@ -221,10 +214,10 @@ def _configured(model: torch.nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize("model_type", PACKABLE)
 def test_packed_inputs(tiny_run: Callable, model_type: str) -> None:
-    processing = tiny_run(model_type).loaded.processing
-    rows = packing_rows(processing)
+    loaded = tiny_run(model_type).loaded
+    rows = packing_rows(loaded.processing)
     for train_on_prompts in (False, True):
-        collator = VisionDataCollator(processing, train_on_prompts=train_on_prompts)
+        collator = packing_collator(loaded, train_on_prompts=train_on_prompts)
         batch = collator.pack(rows)
         lengths = [len(row.input_ids) for row in rows]
         assert batch["packed_row"]["lengths"] == lengths
@@ -247,21 +240,20 @@ def test_packed_inputs(tiny_run: Callable, model_type: str) -> None:
 def test_the_tower_derives_nothing_that_came_with_the_row(tiny_run: Callable, model_type: str) -> None:
     loaded = tiny_run(model_type).loaded
     rows = packing_rows(loaded.processing)
-    config = loaded.model.config.to_dict()
-    prepared = _inputs(VisionDataCollator(loaded.processing, model_config=config).pack(rows))
-    bare = _inputs(VisionDataCollator(loaded.processing).pack(rows))
-    assert ("window_index" in prepared["packed_row"]["tower"]) == (model_type == "qwen2_5_vl")
+    batch = _inputs(packing_collator(loaded).pack(rows))
+    (given,) = batch["packed_row"]["tower"]
+    assert ("window_index" in given) == (model_type == "qwen2_5_vl")
     with packed(loaded.model, loaded.family), torch.no_grad():
-        expected = loaded.model(**bare).logits
+        expected = loaded.model(**batch).logits
         # Whoever goes by the sizes again fails.
-        prepared["packed_row"]["tower"]["grid_thw"] = torch.zeros(0, 3, dtype=torch.int64)
-        assert torch.equal(loaded.model(**prepared).logits, expected)
+        given["grid_thw"] = torch.zeros(0, 3, dtype=torch.int64)
+        assert torch.equal(loaded.model(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
 def test_positions_are_the_models_own(tiny_run: Callable, model_type: str) -> None:
     loaded = tiny_run(model_type).loaded
-    collator = VisionDataCollator(loaded.processing)
+    collator = packing_collator(loaded)
     rows = packing_rows(loaded.processing)
     positions = collator.pack(rows)["position_ids"][1:, 0]
     start = 0
@@ -284,7 +276,7 @@ def test_an_attention_dropout_is_refused(tiny_run: Callable) -> None:
     loaded = tiny_run("pixtral").loaded
     layer = loaded.model.model.language_model.layers[0].self_attn
     rows = packing_rows(loaded.processing)[:2]
-    batch = _inputs(VisionDataCollator(loaded.processing).pack(rows))
+    batch = _inputs(packing_collator(loaded).pack(rows))
     loaded.model.train()
     layer.attention_dropout = 0.1
     try:
@@ -293,3 +285,23 @@ def test_an_attention_dropout_is_refused(tiny_run: Callable) -> None:
     finally:
         layer.attention_dropout = 0.0
         loaded.model.eval()
+
+
+def test_a_sliding_window_counts_within_a_sample(tiny_run: Callable) -> None:
+    loaded = tiny_run("pixtral").loaded
+    rows = packing_rows(loaded.processing)
+    collator = packing_collator(loaded)
+    batch = _inputs(collator.pack(rows))
+    config = loaded.model.model.language_model.config
+    with torch.no_grad():
+        with packed(loaded.model, loaded.family):
+            whole = loaded.model(**batch).logits[0]
+        config.sliding_window = 5
+        try:
+            alone = [loaded.model(**_inputs(collator([row])), use_cache=False).logits[0] for row in rows]
+            with packed(loaded.model, loaded.family):
+                found = loaded.model(**batch).logits[0]
+        finally:
+            config.sliding_window = None
+    torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert (found - whole).abs().max() > 0.1
