@@ -63,7 +63,9 @@ class EvaluationConfig(Section):
         None, min_length=1, description="Metrics to compute; the first one leads. None takes those of the task."
     )
     slice_by: tuple[str, ...] = Field(
-        (), description="Metadata columns; every metric is also given for the rows of each of their values."
+        (),
+        description="Columns of the sources without another role, or 'group'; every metric is also given for the rows of each"
+        " of their values.",
     )
     ignore_case: bool = Field(
         False,

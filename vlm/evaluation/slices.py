@@ -19,7 +19,7 @@ def slice_values(rows: Sequence[Prediction], column: str) -> list[str]:
 
     Args:
         rows: Answers.
-        column: A metadata column.
+        column: A metadata column, or `group`.
 
     Returns:
         The column's value as text for each row: ``(none)`` where it is missing, and ``(others)`` for values that are not
@@ -28,13 +28,14 @@ def slice_values(rows: Sequence[Prediction], column: str) -> list[str]:
     Raises:
         DataError: No row has that column.
     """
-    known = sorted({name for row in rows for name in row.metadata})
+    metadata = [({} if row.group is None else {"group": row.group}) | row.metadata for row in rows]
+    known = sorted({name for fields in metadata for name in fields})
     if column not in known:
         raise DataError(
             f"evaluation.slice_by names {column!r}, which is no metadata column of the evaluated rows."
             f" {near_names(column, known, limit=20)}"
         )
-    values = [_text(row.metadata.get(column), column) for row in rows]
+    values = [_text(fields.get(column), column) for fields in metadata]
     counts = Counter(values)
     if len(counts) > MAX_SLICES:
         kept = {name for name, _ in counts.most_common(MAX_SLICES - 1)}

@@ -190,6 +190,8 @@ def test_rare_values_share_a_slice() -> None:
     assert len(set(values)) == 30
     assert values[:4] == ["0", "0", "1", "1"]
     assert values[-1] == "(others)"
+    grouped = [Prediction(str(i), f"document-{i // 2}", "", "a", "a", 1, "stop") for i in range(4)]
+    assert slice_values(grouped, "group") == ["document-0", "document-0", "document-1", "document-1"]
 
 
 def test_a_target_that_a_metric_cannot_read_is_named(tmp_path: Path) -> None:

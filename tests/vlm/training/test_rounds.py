@@ -151,7 +151,7 @@ def test_the_best_adapter_is_kept(tiny_run: Callable, tmp_path: Path) -> None:
 
 def test_stopping_early_and_resuming_give_the_same_bits(tiny_run: Callable, tmp_path: Path) -> None:
     run = tiny_run("qwen2_5_vl")
-    training = TrainingConfig(**BASE, **BEST, early_stopping_patience=3)
+    training = TrainingConfig(**BASE, **BEST, early_stopping_patience=3, generate_every_steps=2)
     summaries = {}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -167,7 +167,9 @@ def test_stopping_early_and_resuming_give_the_same_bits(tiny_run: Callable, tmp_
     summaries["killed"] = train(run, tmp_path / "killed", training)
     assert summaries["killed"].resumed_from_step == 4
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    assert lines(tmp_path / "whole", "eval_loss") == lines(tmp_path / "killed", "eval_loss")
+    for figure in ("loss", "eval_loss", "generated_cer"):
+        assert lines(tmp_path / "whole", figure) == lines(tmp_path / "killed", figure)
+    assert [step for step, _ in lines(tmp_path / "whole", "generated_cer")] == [2, 4, 5]
     assert summaries["killed"].best_value == summaries["whole"].best_value
 
 

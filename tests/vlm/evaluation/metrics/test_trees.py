@@ -1,6 +1,8 @@
+import random
+
 import pytest
 
-from vlm.evaluation.metrics.trees import Node, json_similarity, tree_distance
+from vlm.evaluation.metrics.trees import Node, json_similarity, tree_distance, without_common_parts
 
 
 def tree(label: str, *children: Node) -> Node:
@@ -25,6 +27,26 @@ def test_distances_of_small_trees() -> None:
     assert tree_distance(values[0], values[2]) == 5
     # A value is no key: out with five characters, in with one key.
     assert tree_distance(values[0], tree("12.50")) == 6
+
+
+def random_tree(choice: random.Random, depth: int) -> Node:
+    if depth == 0 or choice.random() < 0.3:
+        return Node(choice.choice(["", "a", "ab", "xyz"]), is_value=True)
+    return tree(choice.choice("pq"), *(random_tree(choice, depth - 1) for _ in range(choice.randrange(4))))
+
+
+def test_leaving_common_parts_out_changes_no_distance() -> None:
+    choice = random.Random(0)
+    num_smaller = 0
+    for _ in range(300):
+        left, right = (tree("", *(random_tree(choice, 3) for _ in range(choice.randrange(4)))) for _ in range(2))
+        if choice.random() < 0.5:  # something in common, for sure
+            shared = random_tree(choice, 3)
+            left, right = (tree("", *node.children, shared) for node in (left, right))
+        smaller = without_common_parts(left, right)
+        num_smaller += smaller != (left, right)
+        assert tree_distance(*smaller) == tree_distance(left, right)
+    assert num_smaller > 150
 
 
 @pytest.mark.parametrize(
