@@ -121,12 +121,30 @@ def _training_settings(run: Resolved) -> Json:
     settings = run.config.training.model_dump(mode="json", exclude={"checkpoint_every_steps"})
     if run.config.training.tokens_per_step is not None:
         del settings["gradient_accumulation"]
+    if run.config.training.generate_every_steps is None:
+        del settings["generate_max_rows"]
     return settings | {"device": run.device, "precision": run.precision}
+
+
+def _train_settings(run: Resolved) -> Json:
+    settings = _training_settings(run)
+    if run.config.training.generate_every_steps is not None:
+        answering = run.config.generation.model_dump(mode="json", include={"batch_size", "max_new_tokens"})
+        evaluation = _evaluation_settings(run)
+        del evaluation["slice_by"]
+        settings["rounds"] = answering | evaluation
+    return settings
 
 
 def _generation_settings(run: Resolved) -> Json:
     settings = run.config.generation.model_dump(mode="json", exclude={"evaluate_base_model"})
     return settings | {"device": run.device, "precision": run.precision}
+
+
+def _evaluation_settings(run: Resolved) -> Json:
+    # The task says no more than the metrics that it stands for.
+    evaluation = run.config.evaluation
+    return evaluation.model_dump(mode="json", exclude={"task"}) | {"metrics": list(evaluation.metric_names)}
 
 
 def _report_settings(run: Resolved) -> Json:
@@ -178,7 +196,7 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             "train",
             ("adapter", "training"),
             ("vlm.training.train", "vlm.processing.processing"),
-            _training_settings,
+            _train_settings,
             {"checkpoint": CHECKPOINT, "adapter": INITIAL_ADAPTER, "dataset": DATASET, "plan": PLAN},
         ),
     ]
@@ -206,7 +224,7 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             "evaluate_and_save.metrics",
             ("metrics",),
             ("vlm.evaluation.evaluate",),
-            lambda run: run.config.evaluation.model_dump(mode="json"),
+            _evaluation_settings,
             predictions,
         ),
         Unit(

@@ -44,6 +44,8 @@ def train(
                     session.config.training,
                     stage,
                     work_dir=work_dir,
+                    generation=session.config.generation,
+                    evaluation=session.config.evaluation,
                     callbacks=callbacks,
                 ).to_json()
         except TrainingInterrupted as interrupted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,24 +62,21 @@ def generate_predictions(
     """
     rows = PreparedDataset(dataset_dir, generation.split)
     num_rows = len(rows) if generation.max_rows is None else min(len(rows), generation.max_rows)
-    lengths = rows.num_tokens
-    # Longest first: what does not fit fails early, and batches of like length waste little.
-    order = sorted(range(num_rows), key=lambda row: (-int(lengths[row]), row))
     max_new_tokens = generation.max_new_tokens or longest_answer(dataset_dir)
-    predictions: dict[int, Prediction] = {}
     bar = progress.bar("answering" if adapter_dir else "answering (base model)", num_rows)
     try:
-        with attached(loaded, adapter_dir) as model, generating(model):
-            for start in range(0, num_rows, generation.batch_size):
-                numbers = order[start : start + generation.batch_size]
-                batch = [rows[number] for number in numbers]
-                answers = answer_rows(model, loaded.processing, batch, max_new_tokens)
-                for number, row, answer in zip(numbers, batch, answers, strict=True):
-                    predictions[number] = _prediction(row, answer)
-                bar.update(len(batch))
+        with attached(loaded, adapter_dir) as model:
+            done = predict(
+                model,
+                loaded.processing,
+                rows,
+                range(num_rows),
+                batch_size=generation.batch_size,
+                max_new_tokens=max_new_tokens,
+                advance=bar.update,
+            )
     finally:
         bar.close()
-    done = [predictions[number] for number in range(num_rows)]
     summary = PredictionsSummary(
         split=generation.split,
         num_rows=num_rows,
@@ -90,6 +87,48 @@ def generate_predictions(
     output_dir.mkdir(parents=True, exist_ok=True)
     write_predictions(done, summary, output_dir)
     return summary
+
+
+def predict(
+    model: Any,
+    processing: Processing,
+    rows: PreparedDataset,
+    numbers: Sequence[int],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> list[Prediction]:
+    """Answers some rows of a split.
+
+    Args:
+        model: A live model, with or without adapter; as before when this returns.
+        processing: Its processor.
+        rows: The split.
+        numbers: Row numbers.
+        batch_size: Rows answered at once.
+        max_new_tokens: Longest answer.
+        advance: Called with the number of rows that were just answered.
+
+    Returns:
+        Predictions in the order of `numbers`.
+
+    Raises:
+        DataError: A row has no assistant turn to leave out.
+        ResourceError: A single row does not fit into GPU memory.
+    """
+    lengths = rows.num_tokens
+    # Longest first: what does not fit fails early, and batches of like length waste little.
+    order = sorted(range(len(numbers)), key=lambda place: (-int(lengths[numbers[place]]), place))
+    done: dict[int, Prediction] = {}
+    with generating(model):
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = [rows[numbers[place]] for place in places]
+            answers = answer_rows(model, processing, batch, max_new_tokens)
+            done |= {place: _prediction(row, answer) for place, row, answer in zip(places, batch, answers, strict=True)}
+            advance(len(batch))
+    return [done[place] for place in range(len(numbers))]
 
 
 def longest_answer(dataset_dir: Path) -> int:

@@ -116,6 +116,20 @@ def test_another_learning_rate_shares_what_lies_above(
     assert summary["artifacts"]["train.adapter"] != first_run["artifacts"]["train.adapter"]
 
 
+def test_answers_during_training_are_logged_and_the_best_adapter_is_kept(
+    first_run: dict[str, Any], small_settings: dict[str, Any]
+) -> None:
+    rounds = {"generate_every_steps": 1, "generate_max_rows": 2, "keep_best": "cer", "early_stopping_patience": 3}
+    held_out = {"split": {"validation_fraction": 0.2}}  # of so few rows, the default leaves none
+    config = merged(small_settings, data=held_out, training=rounds, evaluation={"metrics": ["anls"]})
+    summary = vision_finetune(config)
+    assert {"train", "inference_mode.tuned", "evaluate_and_save.metrics"} <= ran(summary)
+    assert set(summary["metrics"]["metrics"]) == {"anls"}
+    store = Path(small_settings["runtime"]["store"])
+    assert {1, 2, 3} <= set(logged_steps(store.parent / "mlflow.db", "generated_cer"))
+    assert ran(vision_finetune(config)) == set()
+
+
 def test_a_second_export_repeats_nothing_else(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
     summary = vision_finetune(merged(small_settings, export={"types": ["lora", "merged_16bit"]}))
     assert ran(summary) == {"evaluate_and_save.export.merged_16bit"}
@@ -244,12 +258,12 @@ def test_a_terminated_training_goes_on_from_its_checkpoint(tmp_path: Path) -> No
     assert steps[-1] == 40
 
 
-def logged_steps(database: Path) -> list[int]:
+def logged_steps(database: Path, figure: str = "loss") -> list[int]:
     if not database.exists():
         return []
     with contextlib.closing(sqlite3.connect(database)) as connection:
         try:
-            return [step for (step,) in connection.execute("select step from metrics where key = 'loss'")]
+            return [step for (step,) in connection.execute("select step from metrics where key = ?", (figure,))]
         except sqlite3.OperationalError:
             return []
 

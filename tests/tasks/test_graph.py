@@ -20,7 +20,11 @@ NOT_IN_KEYS = {
     "model.precision": "what it resolves to is",
     "data.sources": "their content is",
     "training.checkpoint_every_steps": "changes no result",
+    "training.generate_max_rows": "has an effect with another setting only, so it has a test of its own",
+    "training.keep_best": "needs another setting, so it has a test of its own",
+    "training.early_stopping_patience": "needs another setting, so it has a test of its own",
     "lora.full_finetuning": "excludes all other settings of its section, so it has a test of its own",
+    "evaluation.task": "the metrics that it stands for are",
     "generation.evaluate_base_model": "decides which units there are",
     "export.types": "decides which units there are",
     "export.destination": "a copy is no artifact",
@@ -103,13 +107,48 @@ def test_every_setting_changes_a_key(name: str) -> None:
     assert settings_of(config) != settings_of(CONFIG)
 
 
-@pytest.mark.parametrize("name", [name for name in NOT_IN_KEYS if name.startswith(("model", "data", "training"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in NOT_IN_KEYS
+        if name.startswith(("model", "data", "training")) and "test of its own" not in NOT_IN_KEYS[name]
+    ],
+)
 def test_settings_kept_out_of_keys_change_none(name: str) -> None:
     value = {"model.precision": "float32", "data.sources": ["elsewhere.parquet"]}.get(name)
     tree: dict[str, Any] = RunConfig().model_dump(mode="json")
     section, leaf = name.split(".")
     tree[section][leaf] = value if value is not None else (17 if "steps" in name else "other")
     assert settings_of(RunConfig.model_validate(tree)) == settings_of(RunConfig())
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"training": {"generate_max_rows": 7}},
+        {"training": {"keep_best": "cer"}},
+        {"training": {"keep_best": "cer", "early_stopping_patience": 2}},
+        {"evaluation": {"ignore_case": True}},
+        {"generation": {"max_new_tokens": 9}},
+    ],
+)
+def test_rounds_of_answers_put_what_they_depend_on_into_the_key_of_the_training(section: dict[str, Any]) -> None:
+    base = {"training": {"generate_every_steps": 5}}
+    other = {name: base.get(name, {}) | section.get(name, {}) for name in {*base, *section}}
+    assert settings_of(RunConfig.model_validate(base))["train"] != settings_of(RunConfig.model_validate(other))["train"]
+
+
+def test_without_rounds_the_training_does_not_depend_on_the_evaluation() -> None:
+    plain = settings_of(RunConfig())
+    for section in ({"evaluation": {"ignore_case": True}}, {"generation": {"max_new_tokens": 9}}):
+        assert settings_of(RunConfig.model_validate(section))["train"] == plain["train"]
+    assert settings_of(RunConfig(training={"generate_max_rows": 7}))["train"] == plain["train"]
+    # The task stands for its metrics, and slices are no matter of rounds.
+    rounds = {"training": {"generate_every_steps": 5}}
+    same = {"evaluation": {"metrics": ["cer", "wer", "exact_match"], "slice_by": ["page"]}}
+    first, second = (settings_of(RunConfig.model_validate(rounds | section)) for section in ({}, same))
+    assert first["train"] == second["train"]
 
 
 @pytest.mark.parametrize("parts", [["vision"], ["projector"], ["vision", "projector", "language"]])

@@ -58,7 +58,13 @@ class ColumnMapping(Section):
     )
     answer: str | None = Field(
         None,
-        description="Column with the answer to learn; None takes 'text', 'answer', 'label' or 'answers' where one exists.",
+        description="Column with the answer to learn; None takes 'text', 'answer', 'label' or 'answers' where one exists. Of a"
+        " list, the most frequent answer is learnt.",
+    )
+    references: str | None = Field(
+        None,
+        description="Column with a list of all answers that count as right in evaluation; None takes the answer column where"
+        " that holds lists.",
     )
     system: str | None = Field(None, description="Column with a system prompt.")
     id: str | None = Field(None, description="Column that names a row; None takes 'id', else numbers the rows.")

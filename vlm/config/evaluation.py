@@ -4,11 +4,38 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlm.config.base import Section
 
-MetricName = Literal["cer", "wer", "exact_match"]
+MetricName = Literal[
+    "cer",
+    "wer",
+    "mer",
+    "exact_match",
+    "anls",
+    "vqa_accuracy",
+    "relaxed_accuracy",
+    "token_f1",
+    "field_f1",
+    "json_similarity",
+    "latex_edit_distance",
+    "chrf",
+    "rouge_l",
+    "grounding_iou",
+    "grounding_accuracy",
+]
+TaskName = Literal["ocr", "document_vqa", "vqa", "chart", "extraction", "latex", "caption", "grounding"]
+TASK_METRICS: dict[TaskName, tuple[MetricName, ...]] = {
+    "ocr": ("cer", "wer", "exact_match"),
+    "document_vqa": ("anls", "exact_match", "token_f1"),
+    "vqa": ("vqa_accuracy", "exact_match"),
+    "chart": ("relaxed_accuracy", "exact_match"),
+    "extraction": ("field_f1", "json_similarity", "exact_match"),
+    "latex": ("latex_edit_distance", "exact_match"),
+    "caption": ("chrf", "rouge_l"),
+    "grounding": ("grounding_iou", "grounding_accuracy"),
+}
 ExportType = Literal["lora", "merged_16bit"]
 
 
@@ -31,13 +58,34 @@ class GenerationConfig(Section):
 class EvaluationConfig(Section):
     """Which metrics are computed, and what counts as the same text."""
 
-    metrics: tuple[MetricName, ...] = Field(
-        ("cer", "wer", "exact_match"), min_length=1, description="Metrics to compute; the first one leads."
+    task: TaskName = Field("ocr", description="What the answers are; chooses the metrics where none are named.")
+    metrics: tuple[MetricName, ...] | None = Field(
+        None, min_length=1, description="Metrics to compute; the first one leads. None takes those of the task."
     )
-    ignore_case: bool = Field(False, description="Compare in lower case.")
+    slice_by: tuple[str, ...] = Field(
+        (),
+        description="Columns of the sources without another role, or 'group'; every metric is also given for the rows of each"
+        " of their values.",
+    )
+    ignore_case: bool = Field(
+        False,
+        description="Compare in lower case. This and the next three do not touch LaTeX and boxes, nor JSON's keys.",
+    )
     ignore_punctuation: bool = Field(False, description="Remove punctuation before comparing.")
     collapse_whitespace: bool = Field(True, description="Treat any run of white space as one space and strip the ends.")
     unicode_form: Literal["NFC", "NFKC", "none"] = Field("NFC", description="Unicode normalisation before comparing.")
+
+    @property
+    def metric_names(self) -> tuple[MetricName, ...]:
+        """The metrics to compute, the leading one first."""
+        return TASK_METRICS[self.task] if self.metrics is None else self.metrics
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> EvaluationConfig:
+        for name, values in (("metrics", self.metrics or ()), ("slice_by", self.slice_by)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} {list(values)} names something twice; leave the repetition out")
+        return self
 
 
 class ExportConfig(Section):

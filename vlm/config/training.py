@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from vlm.config.base import Section
+from vlm.config.evaluation import MetricName
 
 
 class TrainingConfig(Section):
@@ -83,6 +84,25 @@ class TrainingConfig(Section):
     evaluate_every_steps: int | None = Field(
         None, ge=1, description="Steps between two validation losses; None evaluates at the end only."
     )
+    generate_every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between two rounds in which the model answers validation rows and is scored by the metrics of"
+        " `evaluation`, under the limits of `generation`; the end is a round as well. None has no rounds.",
+    )
+    generate_max_rows: int = Field(
+        32, ge=1, description="Rows of such a round, the same ones every time, spread evenly over the validation split."
+    )
+    keep_best: Literal["none", "loss"] | MetricName = Field(
+        "none",
+        description="The trained adapter is the one with the best validation loss, or the best value of a metric in the rounds"
+        " of `generate_every_steps`; 'none' takes the last one.",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Ends the training when what `keep_best` names did not improve so many times in a row; None never does.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -112,5 +132,17 @@ class TrainingConfig(Section):
             name = "max_tokens_per_pack" if self.max_tokens_per_pack else "tokens_per_step"
             raise ValueError(
                 f"{name} {getattr(self, name)} has no effect without packing; leave it out or turn packing on"
+            )
+        if self.keep_best == "none":
+            if self.early_stopping_patience is not None:
+                raise ValueError(
+                    f"early_stopping_patience {self.early_stopping_patience} has no effect without keep_best; set keep_best to"
+                    " 'loss' or a metric"
+                )
+            return self
+        rounds = "evaluate_every_steps" if self.keep_best == "loss" else "generate_every_steps"
+        if getattr(self, rounds) is None:
+            raise ValueError(
+                f"keep_best {self.keep_best!r} compares values that only come with {rounds}; set it, or keep_best to 'none'"
             )
         return self

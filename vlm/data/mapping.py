@@ -6,6 +6,7 @@ import datetime
 import decimal
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from vlm.data.rows import MappedRow, Row, RowError
 from vlm.data.sources import RowStream
 from vlm.errors import DataError, near_names
 
+# Where a row's metadata keeps all answers that count as right.
+REFERENCES = "answers"
 _PROMPT_NAMES = ("prompt", "question", "query")
 _ANSWER_NAMES = ("text", "answer", "label", "answers")
 _IMAGE_NAMES = ("image", "images")
@@ -33,6 +36,7 @@ class Columns:
     images: tuple[str, ...]
     prompt: str | None
     answer: str | None
+    references: str | None
     system: str | None
     id: str | None
     group: str | None
@@ -50,6 +54,7 @@ def resolve_columns(mapping: ColumnMapping, stream: RowStream) -> Columns:
         ("messages", mapping.messages),
         ("prompt", mapping.prompt),
         ("answer", mapping.answer),
+        ("references", mapping.references),
         ("system", mapping.system),
     ]
     named += [("id", mapping.id), ("group", mapping.group), *(("images", name) for name in mapping.images or ())]
@@ -75,9 +80,17 @@ def resolve_columns(mapping: ColumnMapping, stream: RowStream) -> Columns:
     prompt, answer, system = turns
     row_id = mapping.id or first(("id",))
     group = mapping.group or first(("group",))
-    used = {messages, prompt, answer, system, row_id, group, *images}
+    used = {messages, prompt, answer, mapping.references, system, row_id, group, *images}
     return Columns(
-        messages, images, prompt, answer, system, row_id, group, tuple(name for name in known if name not in used)
+        messages,
+        images,
+        prompt,
+        answer,
+        mapping.references,
+        system,
+        row_id,
+        group,
+        tuple(name for name in known if name not in used),
     )
 
 
@@ -89,12 +102,12 @@ def map_row(row: Row, columns: Columns, data: DataConfig) -> MappedRow:
     """
     images = _images(row, columns)
     metadata = _metadata(row, columns)
+    references = _references(row.get(columns.references or ""))
     if columns.messages is not None:
         messages, images = parse_conversation(row.get(columns.messages), images)
     else:
         answer, all_answers = _answer(row.get(columns.answer or ""))
-        if all_answers is not None:
-            metadata["answers"] = all_answers
+        references = references or all_answers
         prompt = _words(row.get(columns.prompt)) if columns.prompt else None
         messages = [_text_turn("assistant", answer)]
         messages.insert(
@@ -106,6 +119,8 @@ def map_row(row: Row, columns: Columns, data: DataConfig) -> MappedRow:
         )
         if columns.system and _words(row.get(columns.system)):
             messages.insert(0, _text_turn("system", _words(row[columns.system])))
+    if references:
+        metadata[REFERENCES] = references
     if messages[0]["role"] != "system" and data.system is not None:
         messages.insert(0, _text_turn("system", data.system))
     return MappedRow(row_name(row, columns), _name(row.get(columns.group or "")), messages, images, metadata)
@@ -137,18 +152,36 @@ def _images(row: Row, columns: Columns) -> list[Any]:
     return found
 
 
-def _answer(value: Any) -> tuple[str, list[str] | None]:
+def _answer(value: Any) -> tuple[str, list[str]]:
     """The answer to learn, and all of them where a row has several (VQA)."""
     if isinstance(value, list | tuple):
-        listed = [_words(item.get("answer") if isinstance(item, dict) else item) for item in value]
-        answers = [answer for answer in listed if answer.strip()]
+        answers = _listed(value)
         if not answers:
             raise RowError("empty_answer", "the row's list of answers is empty")
-        return answers[0], answers
+        # The first of those that most people gave.
+        return Counter(answers).most_common(1)[0][0], answers
     answer = _words(value)
     if not answer.strip():
         raise RowError("empty_answer", "the row has no answer")
-    return answer, None
+    return answer, []
+
+
+def _references(value: Any) -> list[str]:
+    """All answers of a column that is for them: a list, also as CSV files write it, or a single answer."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = [value]
+    return _listed(value if isinstance(value, list | tuple) else [value])
+
+
+def _listed(value: Any) -> list[str]:
+    """The texts of a list that are not blank, also of VQA's objects; nothing for what is no list."""
+    if not isinstance(value, list | tuple):
+        return []
+    listed = [_words(item.get("answer") if isinstance(item, dict) else item) for item in value]
+    return [answer for answer in listed if answer.strip()]
 
 
 def _words(value: Any) -> str:

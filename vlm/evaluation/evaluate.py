@@ -2,32 +2,45 @@
 
 ``metrics.json``::
 
-    {"split": "test", "num_rows": 120, "num_clusters": 120, "interval": {...}, "normalization": {...},
+    {"split": "test", "num_rows": 120, "num_clusters": 120, "interval": {...}, "test": {...}, "normalization": {...},
      "metrics": {"cer": {"title": ..., "better": "lower", "description": ...,
                          "tuned": {"value": 0.03, "low": 0.02, "high": 0.04},
-                         "base": {...} or null, "difference": {...} or null}}}
+                         "base": {...} or null,
+                         "difference": {"value": ..., "low": ..., "high": ..., "p_value": 0.012} or null}},
+     "slices": {"language": {"German": {"num_rows": 40, "cer": {"tuned": {...}, "base": ..., "difference": ...}}}},
+     "failures": {"repetition": {"tuned": 1, "base": 7 or null}},
+     "worst_rows": ["row-17", ...]}
 
-The difference is tuned minus base, on the same resampled rows.
+The difference is tuned minus base, on the same resampled rows. The first metric leads: by it, the worst rows are found.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vlm.config import EvaluationConfig
+from vlm.config.evaluation import MetricName
 from vlm.errors import DataError
-from vlm.evaluation.intervals import CONFIDENCE, NUM_DRAWS, SEED, clusters, interval, resampled_values
-from vlm.evaluation.metrics import METRICS, normalize, value
+from vlm.evaluation.failures import FAILURE_KINDS, failure_kinds
+from vlm.evaluation.intervals import CONFIDENCE, NUM_DRAWS, NUM_SWAPS, SEED, clusters
+from vlm.evaluation.metrics import METRICS, cleaner, value
 from vlm.evaluation.predictions import Prediction, read_predictions
+from vlm.evaluation.scores import Scores, figures, score_rows
+from vlm.evaluation.slices import slice_values
 from vlm.summary import Summary
 
 METRICS_FILE = "metrics.json"
 ROWS_FILE = "rows.jsonl"
+MODELS = ("tuned", "base")
+NUM_WORST_ROWS = 50
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,8 @@ def evaluate_predictions(
         The corpus values.
 
     Raises:
-        DataError: No rows, or the two folders do not hold the same rows.
+        DataError: No rows, the two folders do not hold the same rows, a metric cannot read a target, or a column to slice
+            by is not there.
     """
     summary, tuned_rows = read_predictions(tuned_dir)
     if not tuned_rows:
@@ -70,37 +84,35 @@ def evaluate_predictions(
     base_rows = None if base_dir is None else read_predictions(base_dir)[1]
     if base_rows is not None:
         _check_same_rows(tuned_rows, base_rows)
-    cluster_of_row = clusters([row.group for row in tuned_rows])
-    unit = "groups"
-    if cluster_of_row.max() == 0:
-        # Nothing can be said about the spread between groups from one; between its rows is the best there is.
-        cluster_of_row, unit = clusters([None] * len(tuned_rows)), "rows"
-
-    metrics: dict[str, Any] = {}
-    row_values: list[dict[str, dict[str, float]]] = [{"tuned": {}, "base": {}} for _ in tuned_rows]
-    for name in evaluation.metrics:
-        metric = METRICS[name]
-        entry: dict[str, Any] = {"title": metric.title, "better": metric.better, "description": metric.description}
-        drawn = {}
-        for who, rows in (("tuned", tuned_rows), ("base", base_rows)):
-            if rows is None:
-                entry[who] = None
-                continue
-            scores = np.array(
-                [metric.score(normalize(row.target, evaluation), normalize(row.prediction, evaluation)) for row in rows]
-            )
-            for values, score in zip(row_values, scores.tolist(), strict=True):
-                values[who][name] = value(tuple(score))
-            drawn[who] = resampled_values(scores, cluster_of_row)
-            numerator, denominator = scores.sum(axis=0).tolist()
-            entry[who] = asdict(interval(value((numerator, denominator)), drawn[who]))
-        entry["difference"] = (
-            asdict(interval(entry["tuned"]["value"] - entry["base"]["value"], drawn["tuned"] - drawn["base"]))
-            if base_rows is not None
-            else None
-        )
-        metrics[name] = entry
-
+    groups = [row.group for row in tuned_rows]
+    cluster_of_row, unit = _clusters(groups)
+    names = evaluation.metric_names
+    rows_of = {"tuned": tuned_rows} | ({} if base_rows is None else {"base": base_rows})
+    scores = {who: score_rows(rows, evaluation) for who, rows in rows_of.items()}
+    clean = cleaner(evaluation)
+    failures = {who: [failure_kinds(row, clean) for row in rows] for who, rows in rows_of.items()}
+    metrics: dict[str, dict[str, Any]] = {
+        name: {"title": METRICS[name].title, "better": METRICS[name].better, "description": METRICS[name].description}
+        | entry
+        for name, entry in figures(names, scores["tuned"], scores.get("base"), cluster_of_row).items()
+    }
+    slices = {column: slice_values(tuned_rows, column) for column in evaluation.slice_by}
+    lines = []
+    for position, row in enumerate(tuned_rows):
+        line: dict[str, Any] = {"id": row.id, "group": row.group, "target": row.target}
+        if row.references != [row.target]:
+            line["references"] = row.references
+        if slices:
+            line["slices"] = {column: values[position] for column, values in slices.items()}
+        for who, rows in rows_of.items():
+            answer, row_scores = rows[position], scores[who][position].tolist()
+            line[who] = {
+                "prediction": answer.prediction,
+                "finish_reason": answer.finish_reason,
+                "failures": failures[who][position],
+                **{name: value(tuple(score)) for name, score in zip(names, row_scores, strict=True)},
+            }
+        lines.append(line)
     document = {
         "split": summary.split,
         "num_rows": len(tuned_rows),
@@ -111,24 +123,29 @@ def evaluate_predictions(
             "draws": NUM_DRAWS,
             "seed": SEED,
         },
-        "normalization": evaluation.model_dump(mode="json", exclude={"metrics"}),
+        "test": {
+            "method": f"paired approximate randomisation over {unit}, two-sided",
+            "swaps": NUM_SWAPS,
+            "seed": SEED,
+        },
+        "normalization": evaluation.model_dump(mode="json", exclude={"task", "metrics", "slice_by"}),
         "metrics": metrics,
+        "slices": {
+            column: _slices(values, names, scores["tuned"], scores.get("base"), groups)
+            for column, values in slices.items()
+        },
+        "failures": {
+            kind: {who: sum(kind in kinds for kinds in failures[who]) if who in failures else None for who in MODELS}
+            for kind in FAILURE_KINDS
+        },
+        "worst_rows": [lines[position]["id"] for position in _worst_first(lines, metrics)[:NUM_WORST_ROWS]],
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / METRICS_FILE).write_text(
         json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
     )
     with (output_dir / ROWS_FILE).open("w", encoding="utf-8", newline="\n") as handle:
-        for position, (row, values) in enumerate(zip(tuned_rows, row_values, strict=True)):
-            line: dict[str, Any] = {
-                "id": row.id,
-                "group": row.group,
-                "target": row.target,
-                "tuned": {"prediction": row.prediction, "finish_reason": row.finish_reason, **values["tuned"]},
-            }
-            if base_rows is not None:
-                base = base_rows[position]
-                line["base"] = {"prediction": base.prediction, "finish_reason": base.finish_reason, **values["base"]}
+        for line in lines:
             handle.write(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n")
     return MetricsSummary(
         split=summary.split,
@@ -136,6 +153,35 @@ def evaluate_predictions(
         tuned={name: entry["tuned"]["value"] for name, entry in metrics.items()},
         base=None if base_rows is None else {name: entry["base"]["value"] for name, entry in metrics.items()},
     )
+
+
+def _worst_first(lines: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[int]:
+    """Positions of rows by the leading metric of the tuned model, worst first, ties in row order."""
+    name, entry = next(iter(metrics.items()))
+    sign = -1 if entry["better"] == "lower" else 1
+    return sorted(range(len(lines)), key=lambda position: (sign * lines[position]["tuned"][name], position))
+
+
+def _clusters(groups: Sequence[str | None]) -> tuple[npt.NDArray[np.int64], str]:
+    """The cluster of each row, and what a cluster is."""
+    cluster_of_row = clusters(groups)
+    if cluster_of_row.max() == 0:
+        # Nothing can be said about the spread between groups from one; between its rows is the best there is.
+        return clusters([None] * len(groups)), "rows"
+    return cluster_of_row, "groups"
+
+
+def _slices(
+    values: Sequence[str], names: Sequence[MetricName], tuned: Scores, base: Scores | None, groups: Sequence[str | None]
+) -> dict[str, dict[str, Any]]:
+    """Figures of each value's rows, most frequent value first."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, num_rows in Counter(values).most_common():
+        chosen = [position for position, other in enumerate(values) if other == name]
+        cluster_of_row, _ = _clusters([groups[position] for position in chosen])
+        of_metrics = figures(names, tuned[chosen], None if base is None else base[chosen], cluster_of_row)
+        found[name] = {"num_rows": num_rows} | dict(of_metrics.items())
+    return found
 
 
 def _check_same_rows(tuned: list[Prediction], base: list[Prediction]) -> None:

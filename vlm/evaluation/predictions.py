@@ -13,6 +13,8 @@ from vlm.summary import Summary
 
 ROWS_FILE = "predictions.jsonl"
 SUMMARY_FILE = "predictions.json"
+# Where `vlm.data.mapping` keeps them.
+ANSWERS = "answers"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,13 @@ class Prediction:
     finish_reason: Literal["stop", "length"]
     """Whether the model ended its turn, or ran into `max_new_tokens`."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Plain values that the source carried along."""
+    """Plain values that the source carried along; a list under ``answers`` holds all that are right."""
+
+    @property
+    def references(self) -> list[str]:
+        """Every right answer: those of the metadata, or else the target."""
+        answers = self.metadata.get(ANSWERS)
+        return answers if isinstance(answers, list) and answers else [self.target]
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def make_plan(
         The content of ``plan.json``.
 
     Raises:
-        DataError: The dataset has no training rows.
+        DataError: The dataset has no training rows, or no validation rows where the settings need some.
         ConfigError: A learning rate is for a part in which nothing learns, or a row is longer than a pack may be.
         ResourceError: The costliest micro-batch cannot fit into the GPU's memory; names the sample.
     """
@@ -120,6 +120,8 @@ def make_plan(
         raise DataError(
             "the dataset has no training rows; lower data.split.validation_fraction and test_fraction, or add sources"
         )
+    num_validation_rows = len(PreparedDataset(dataset_dir, "validation"))
+    _check_validation(training, num_validation_rows)
     lengths = np.asarray(rows.num_tokens, dtype=np.int64)
     visual = np.asarray(rows.num_visual_tokens, dtype=np.int64)
     optimizer = resolve_optimizer(training, device)
@@ -215,7 +217,7 @@ def make_plan(
         largest_micro_batch_tokens=int(sizes.max()),
         fullness=round(float(lengths[seen].sum()) / (len(batches) * (capacity or int(sizes.max()))), 6),
         num_train_rows=len(rows),
-        num_validation_rows=len(PreparedDataset(dataset_dir, "validation")),
+        num_validation_rows=num_validation_rows,
         num_rows_seen=len(seen),
         num_tokens_seen=int(lengths[seen].sum()),
         num_supervised_tokens_seen=int(np.asarray(rows.num_supervised_tokens)[seen].sum()),
@@ -242,6 +244,15 @@ def read_plan(plan_dir: Path) -> PlanSummary:
         plan_dir: The folder of a plan artifact.
     """
     return PlanSummary(**json.loads((plan_dir / PLAN_FILE).read_text(encoding="utf-8")))
+
+
+def _check_validation(training: TrainingConfig, num_rows: int) -> None:
+    if num_rows == 0 and (training.keep_best != "none" or training.generate_every_steps is not None):
+        name = "generate_every_steps" if training.keep_best == "none" else "keep_best"
+        raise DataError(
+            f"training.{name} {getattr(training, name)!r} needs validation rows but the dataset has none; raise"
+            " data.split.validation_fraction, or leave the setting out"
+        )
 
 
 def _step_tokens(lengths: npt.NDArray[np.int64], training: TrainingConfig) -> float:

@@ -13,6 +13,8 @@ import numpy as np
 from vlm.summary import Summary
 
 METRICS_FILE = "metrics.jsonl"
+# Of figures from rounds of answers; the rest of a name is the metric's.
+ROUND_PREFIX = "generated_"
 SUMMARY_FILE = "training.json"
 
 
@@ -21,7 +23,13 @@ class TrainingSummary(Summary):
     """The content of ``training.json``."""
 
     num_steps: int
-    """Optimiser steps of the whole training."""
+    """Optimiser steps of the whole training, fewer than planned where it stopped early."""
+    stopped_early: bool
+    """Whether `early_stopping_patience` ended it."""
+    best_step: int | None
+    """The step that the adapter is from, where the best one was kept; None for the last."""
+    best_value: float | None
+    """The best adapter's value of what `keep_best` names."""
     resumed_from_step: int | None
     """The step after which this run took over from a checkpoint; None for a training in one piece."""
     final_loss: float | None
@@ -50,6 +58,9 @@ def write_results(
     wall_seconds: float,
     device: str,
     parameters_without_gradient: Sequence[str],
+    stopped_early: bool = False,
+    best_step: int | None = None,
+    best_value: float | None = None,
 ) -> TrainingSummary:
     """Writes ``metrics.jsonl`` and ``training.json``.
 
@@ -61,6 +72,9 @@ def write_results(
         wall_seconds: Of this run.
         device: ``cpu`` or ``cuda``.
         parameters_without_gradient: Names of trained tensors that never had one.
+        stopped_early: Whether patience ended it.
+        best_step: The step of the kept adapter, or None for the last.
+        best_value: What made it the best.
     """
     lines = history_lines(history)
     with (output_dir / METRICS_FILE).open("w", encoding="utf-8", newline="\n") as handle:
@@ -81,6 +95,9 @@ def write_results(
         peak = int(torch.cuda.max_memory_allocated())
     summary = TrainingSummary(
         num_steps=num_steps,
+        stopped_early=stopped_early,
+        best_step=best_step,
+        best_value=best_value,
         resumed_from_step=resumed_from_step,
         final_loss=last("loss"),
         validation_loss=last("eval_loss"),
@@ -102,7 +119,8 @@ def history_lines(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         history: `state.log_history`.
 
     Returns:
-        Entries with `step` and `loss` (with learning rate, gradient norm and pace) or `eval_loss`.
+        Entries with `step` and `loss` (with learning rate, gradient norm and pace), `eval_loss`, or the figures of a round
+        of answers, whose names start with ``generated_``.
     """
     kept = (
         "loss",
@@ -113,8 +131,10 @@ def history_lines(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         "tokens_per_second",
         "samples_per_second",
     )
-    return [
-        {"step": entry["step"], **{name: entry[name] for name in kept if name in entry}}
-        for entry in history
-        if "loss" in entry or "eval_loss" in entry
-    ]
+    lines = []
+    for entry in history:
+        figures = {name: entry[name] for name in kept if name in entry}
+        figures |= {name: value for name, value in entry.items() if name.startswith(ROUND_PREFIX)}
+        if "loss" in entry or "eval_loss" in entry or any(name.startswith(ROUND_PREFIX) for name in entry):
+            lines.append({"step": entry["step"], **figures})
+    return lines

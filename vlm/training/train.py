@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vlm.config import TrainingConfig
+from vlm.config import EvaluationConfig, GenerationConfig, TrainingConfig
 from vlm.errors import ConfigError
 from vlm.lora.attach import attach_adapter, detach_adapter
 from vlm.lora.peft_model import (
@@ -31,13 +31,16 @@ from vlm.training import checkpoints
 from vlm.training.activation import ActivationPlan
 from vlm.training.interrupt import StopFlag, TrainingInterrupted
 from vlm.training.plan import BATCHES_FILE, PLAN_FILE, PlanSummary, read_plan
-from vlm.training.results import TrainingSummary, write_results
+from vlm.training.results import ROUND_PREFIX, TrainingSummary, write_results
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from vlm.data.prepared import PreparedDataset
     from vlm.loading.checkpoint import LoadedModel
+    from vlm.training.best import KeepBest
+    from vlm.training.rounds import AnswerRounds
+    from vlm.training.trainer import AdapterTrainer
 
 _DESCRIPTION_FILES = (WEIGHTS_FILE, CONFIG_FILE, TARGETS_FILE)
 
@@ -51,6 +54,8 @@ def train_adapter(
     output_dir: Path,
     *,
     work_dir: Path,
+    generation: GenerationConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
     callbacks: Sequence[Any] = (),
     report_to: Sequence[str] = (),
 ) -> TrainingSummary:
@@ -64,6 +69,8 @@ def train_adapter(
         training: Settings, the ones that the plan was made with.
         output_dir: Receives ``adapter/`` and ``training/``.
         work_dir: Keeps checkpoints between runs; made if it is not there.
+        generation: How rows are answered during training, where they are; None for the defaults.
+        evaluation: How those answers are scored; None for the defaults.
         callbacks: More transformers `TrainerCallback`s.
         report_to: Names of transformers' own integrations.
 
@@ -89,8 +96,14 @@ def train_adapter(
         check_kernels(training, device=loaded.device, dtype=dtype, packing=bool(plan.packing), quantized=quantized)
     started = time.perf_counter()
     work_dir.mkdir(parents=True, exist_ok=True)
+    generation, evaluation = generation or GenerationConfig(), evaluation or EvaluationConfig()
+    answering = {
+        "generation": generation.model_dump_json(include={"batch_size", "max_new_tokens"}),
+        "evaluation": evaluation.model_dump_json(exclude={"slice_by"}),
+    }
     identity = checkpoints.training_identity(
         {
+            **(answering if training.generate_every_steps is not None else {}),
             "plan": plan_dir / PLAN_FILE,
             "batches": plan_dir / BATCHES_FILE,
             **{name: adapter_dir / name for name in _DESCRIPTION_FILES if (adapter_dir / name).is_file()},
@@ -106,13 +119,15 @@ def train_adapter(
         flag = stack.enter_context(StopFlag())
         peft_model = attach_adapter(loaded, adapter_dir, trainable=True)
         stack.callback(detach_adapter, peft_model)
-        trainer = _trainer(
+        trainer, rounds, best = _trainer(
             loaded,
             peft_model,
             dataset_dir,
             plan_dir,
             plan,
             training,
+            generation,
+            evaluation,
             work_dir=work_dir,
             identity=identity,
             flag=flag,
@@ -121,18 +136,26 @@ def train_adapter(
             stack=stack,
             first_step=resume[0] if resume else 0,
         )
-        trainer.train(resume_from_checkpoint=str(resume[1]) if resume else None)
-        if (
-            flag.signum is None
-            and plan.num_validation_rows
-            and not _validated(trainer.state.log_history, plan.num_steps)
-        ):
-            trainer.evaluate()
+        if best is not None and resume is not None:
+            best.restore(resume[1])
+        if best is not None and resume is not None and best.is_exhausted:
+            trainer.take_over(resume[1])
+        else:
+            trainer.train(resume_from_checkpoint=str(resume[1]) if resume else None)
+        last_step = trainer.state.global_step
+        if flag.signum is None and plan.num_validation_rows:
+            if not _logged(trainer.state.log_history, last_step, "eval_loss"):
+                trainer.evaluate()
+            if rounds is not None and not _logged(trainer.state.log_history, last_step, ROUND_PREFIX):
+                rounds.run()
         if flag.signum is not None:
-            raise TrainingInterrupted(trainer.state.global_step, flag.signum)
+            raise TrainingInterrupted(last_step, flag.signum)
         for name in ("adapter", "training"):
             (output_dir / name).mkdir(parents=True, exist_ok=True)
-        save_tensors(peft_model, output_dir / "adapter" / WEIGHTS_FILE)
+        if best is not None:
+            best.copy_to(output_dir / "adapter" / WEIGHTS_FILE)
+        else:
+            save_tensors(peft_model, output_dir / "adapter" / WEIGHTS_FILE)
         for name in (CONFIG_FILE, TARGETS_FILE):
             # Full fine-tuning has no configuration of an adapter.
             if (adapter_dir / name).is_file():
@@ -140,7 +163,10 @@ def train_adapter(
         return write_results(
             trainer.state.log_history,
             output_dir / "training",
-            num_steps=plan.num_steps,
+            num_steps=last_step,
+            stopped_early=last_step < plan.num_steps,
+            best_step=None if best is None else best.step,
+            best_value=None if best is None else best.value,
             resumed_from_step=resume[0] if resume else None,
             wall_seconds=time.perf_counter() - started,
             device=loaded.device,
@@ -160,6 +186,8 @@ def _trainer(
     plan_dir: Path,
     plan: PlanSummary,
     training: TrainingConfig,
+    generation: GenerationConfig,
+    evaluation: EvaluationConfig,
     *,
     work_dir: Path,
     identity: str,
@@ -168,16 +196,18 @@ def _trainer(
     report_to: Sequence[str],
     stack: ExitStack,
     first_step: int,
-) -> Any:
+) -> tuple[AdapterTrainer, AnswerRounds | None, KeepBest | None]:
     import datasets
 
     from vlm.data.prepared import PreparedDataset
     from vlm.kernels.install import fused
     from vlm.training.arguments import training_arguments
+    from vlm.training.best import KeepBest
     from vlm.training.callbacks import Pace, ProgressBar, StopAtStepBoundary
     from vlm.training.collator import VisionDataCollator
     from vlm.training.rates import check_rates, rates_by_part, split_groups
     from vlm.training.recompute import recomputed
+    from vlm.training.rounds import AnswerRounds
     from vlm.training.trainer import AdapterTrainer, forward_restored
 
     base = base_model(peft_model)
@@ -208,7 +238,12 @@ def _trainer(
     progress = ProgressBar()
     stack.callback(progress.close)
     stack.callback(peft_model.eval)
-    return AdapterTrainer(
+    rounds = best = None
+    if training.generate_every_steps is not None:
+        rounds = AnswerRounds(peft_model, loaded.processing, dataset_dir, training, generation, evaluation, pace)
+    if training.keep_best != "none":
+        best = KeepBest(training, work_dir, partial(save_tensors, peft_model))
+    trainer = AdapterTrainer(
         peft_model,
         training_arguments(training, plan, work_dir, report_to),
         steps=_steps(batches, plan.num_steps),
@@ -220,9 +255,14 @@ def _trainer(
         identity=identity,
         pace=pace,
         split_groups=partial(split_groups, family=loaded.family, rates=rates) if rates else None,
-        # The stop flag is looked at last, so that nothing else of the step is left out.
-        callbacks=[progress, *callbacks, StopAtStepBoundary(flag)],
+        best=best,
+        # A round's figures come before they are compared, and the stop flag is looked at last, so that nothing else of
+        # the step is left out.
+        callbacks=[progress, *callbacks, *filter(None, (rounds, best)), StopAtStepBoundary(flag)],
     )
+    if rounds is not None:
+        rounds.connect(trainer.log, trainer.accelerator.autocast)
+    return trainer, rounds, best
 
 
 def _collate(collate: Callable[..., dict[str, Any]], rows: PreparedDataset, numbers: Sequence[int]) -> dict[str, Any]:
@@ -267,8 +307,8 @@ def _work_of_steps(batches: Any, lengths: np.ndarray, num_steps: int) -> tuple[n
     return tokens, np.bincount(steps, minlength=num_steps)
 
 
-def _validated(history: Sequence[dict[str, Any]], step: int) -> bool:
-    return any("eval_loss" in entry and entry["step"] == step for entry in history)
+def _logged(history: Sequence[dict[str, Any]], step: int, prefix: str) -> bool:
+    return any(entry["step"] == step and any(name.startswith(prefix) for name in entry) for entry in history)
 
 
 @contextmanager

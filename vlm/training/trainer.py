@@ -28,12 +28,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from vlm.errors import ConfigError
 from vlm.lora.peft_model import WEIGHTS_FILE, base_model, load_tensors, save_tensors
 from vlm.training import checkpoints
+from vlm.training.best import KeepBest
 from vlm.training.callbacks import Pace
 from vlm.training.collator import IGNORED
 from vlm.training.loss import add_supervised_loss
@@ -57,6 +59,7 @@ class AdapterTrainer(SFTTrainer):
         identity: Of the training, for its checkpoints.
         pace: Counts tokens and samples.
         split_groups: Changes the optimiser's parameter groups before its first step, given their names.
+        best: Keeps the best adapter, and is one of the callbacks; its state goes into the checkpoints.
         callbacks: More `TrainerCallback`s.
     """
 
@@ -74,8 +77,10 @@ class AdapterTrainer(SFTTrainer):
         identity: str,
         pace: Pace,
         split_groups: Callable[[list[dict[str, Any]], dict[Any, str]], list[dict[str, Any]]] | None = None,
+        best: KeepBest | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
+        self._best = best
         self._validation = validation
         self._collate_validation = collate_validation
         self._identity = identity
@@ -240,6 +245,15 @@ class AdapterTrainer(SFTTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self._peft_model, folder / WEIGHTS_FILE)
 
+    def take_over(self, folder: Path) -> None:
+        """Puts a training where a checkpoint left it, without going on.
+
+        Args:
+            folder: Of a complete checkpoint.
+        """
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_tensors(self._peft_model, Path(resume_from_checkpoint) / WEIGHTS_FILE)
 
@@ -250,6 +264,8 @@ class AdapterTrainer(SFTTrainer):
             shutil.rmtree(folder)
         # Not SFTTrainer's own, which also writes a model card with every checkpoint.
         Trainer._save_checkpoint(self, model, trial)
+        if self._best is not None:
+            self._best.store(folder)
         checkpoints.mark_complete(folder, self.state.global_step, self._identity)
         checkpoints.remove_others(self._work_dir, keep=folder)
         self._pace.leave_out(time.perf_counter() - started)

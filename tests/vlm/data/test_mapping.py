@@ -78,11 +78,33 @@ def test_a_row_without_an_answer_is_refused(value):
     assert caught.value.reason == "empty_answer"
 
 
-def test_of_several_answers_the_first_is_learnt_and_all_are_kept():
+def test_of_several_answers_the_most_frequent_is_learnt_and_all_are_kept():
+    row = mapped({"answers": ["red", {"answer": "blue"}, "green", "blue"]})
+    assert row.messages[-1]["content"][0]["text"] == "blue"
+    assert row.metadata["answers"] == ["red", "blue", "green", "blue"]
     row = mapped({"answers": ["", 7, "seven"]})
     assert (row.messages[-1]["content"][0]["text"], row.metadata) == ("7", {"answers": ["7", "seven"]})
     row = mapped({"answers": [{"answer": "yes", "confidence": 1}, {"answer": "no", "confidence": 0}]})
     assert row.metadata["answers"] == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("value", "references"),
+    [
+        (["7", 7.5, None], ["7", "7.5"]),
+        ('["a", "b"]', ["a", "b"]),
+        ("[sic]", ["[sic]"]),
+        ("one", ["one"]),
+        (None, None),
+    ],
+)
+def test_a_column_of_references_stands_beside_the_answer(value, references):
+    row = mapped({"text": "a", "accepted": value}, columns={"references": "accepted"})
+    assert row.messages[-1]["content"][0]["text"] == "a"
+    assert row.metadata == ({} if references is None else {"answers": references})
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = mapped({"messages": talk, "accepted": value}, columns={"references": "accepted"})
+    assert row.metadata.get("answers") == references
 
 
 def test_images_come_from_several_columns_lists_and_csv_lists():

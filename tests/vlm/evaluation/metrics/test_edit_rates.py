@@ -3,8 +3,11 @@
 import pytest
 
 from vlm.config import EvaluationConfig
-from vlm.config.evaluation import MetricName
-from vlm.evaluation.metrics import METRICS, normalize, value
+from vlm.evaluation.metrics import METRICS, cleaner, value
+
+
+def as_is(text: str) -> str:
+    return text
 
 
 @pytest.mark.parametrize(
@@ -21,7 +24,7 @@ from vlm.evaluation.metrics import METRICS, normalize, value
     ],
 )
 def test_character_edits(target: str, prediction: str, score: tuple[float, float]) -> None:
-    assert METRICS["cer"].score(target, prediction) == score
+    assert METRICS["cer"].score([target], prediction, as_is) == score
 
 
 @pytest.mark.parametrize(
@@ -35,7 +38,27 @@ def test_character_edits(target: str, prediction: str, score: tuple[float, float
     ],
 )
 def test_word_edits(target: str, prediction: str, score: tuple[float, float]) -> None:
-    assert METRICS["wer"].score(target, prediction) == score
+    assert METRICS["wer"].score([target], prediction, as_is) == score
+
+
+@pytest.mark.parametrize(
+    ("target", "prediction", "score"),
+    [
+        # One hit, one substitution, two insertions: WER is 3/2, but 3 of the 4 aligned pairs do not match.
+        ("the cat", "the dog ran off", (3, 4)),
+        ("one two three", "two", (2, 3)),
+        ("", "one", (1, 1)),
+        ("", "", (0, 0)),
+    ],
+)
+def test_word_mismatches(target: str, prediction: str, score: tuple[float, float]) -> None:
+    assert METRICS["mer"].score([target], prediction, as_is) == score
+
+
+def test_of_several_references_the_nearest_counts() -> None:
+    # 1 of 4 characters against "cats", 3 of 3 against "dog".
+    assert METRICS["cer"].score(["dog", "cats"], "cat", as_is) == (1, 4)
+    assert METRICS["exact_match"].score(["dog", "cat"], "cat", as_is) == (1, 1)
 
 
 def test_value_of_an_empty_reference_is_its_number_of_insertions() -> None:
@@ -57,9 +80,5 @@ def test_value_of_an_empty_reference_is_its_number_of_insertions() -> None:
         ({"ignore_punctuation": True}, "a - b", "a b"),  # white space is collapsed after punctuation is gone
     ],
 )
-def test_normalize(settings: dict, text: str, expected: str) -> None:
-    assert normalize(text, EvaluationConfig(**settings)) == expected
-
-
-def test_every_metric_of_the_configuration_is_in_the_table() -> None:
-    assert set(MetricName.__args__) == set(METRICS)
+def test_cleaner(settings: dict, text: str, expected: str) -> None:
+    assert cleaner(EvaluationConfig(**settings))(text) == expected
