@@ -76,6 +76,7 @@ def _report(
             output_dir=stage / "report",
             rows=PreparedDataset(inputs["dataset"], config.generation.split),
             training_dir=inputs["training"],
+            plan=json.loads((inputs["plan"] / "plan.json").read_text(encoding="utf-8")),
             ledger={
                 f"{action}: {reason}": count
                 for action, reasons in summary["ledger"].items()
