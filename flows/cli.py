@@ -10,7 +10,7 @@ import warnings
 from types import FrameType
 from typing import Any, NoReturn
 
-from flows.settings import CommandLine, Parser, read_settings
+from flows.settings import COMMAND_LINE, CommandLine, Parser, read_settings
 from tasks.graph import STEPS, StepName
 from vlm.config import RunConfig
 
@@ -29,6 +29,8 @@ QUIET = {
 
 class Arguments(CommandLine, RunConfig):
     """The settings of the pipeline."""
+
+    model_config = COMMAND_LINE
 
 
 def parse(arguments: list[str]) -> tuple[RunConfig, argparse.Namespace]:

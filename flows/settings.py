@@ -18,17 +18,19 @@ from vlm.errors import ConfigError
 C = TypeVar("C", bound=BaseModel)
 
 
+# Of every class that reads a command line. Each sets it itself: of several bases, the last one's would count.
+COMMAND_LINE = SettingsConfigDict(
+    cli_kebab_case=False,
+    cli_implicit_flags=False,
+    cli_hide_none_type=True,
+    cli_parse_none_str="null",
+    cli_use_class_docs_for_groups=True,
+    nested_model_default_partial_update=True,
+)
+
+
 class CommandLine(BaseSettings):
     """A configuration as the command line reads it: neither the environment nor any file adds to it unasked."""
-
-    model_config = SettingsConfigDict(
-        cli_kebab_case=False,
-        cli_implicit_flags=False,
-        cli_hide_none_type=True,
-        cli_parse_none_str="null",
-        cli_use_class_docs_for_groups=True,
-        nested_model_default_partial_update=True,
-    )
 
     @classmethod
     def settings_customise_sources(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from artifacts.refs import ArtifactRef
 from tasks.graph import STEPS, Json
 from tasks.session import Session
 from vlm.config.evaluation import ExportType
+from vlm.evaluation.verdicts import verdict
 
 
 def summarise(
@@ -24,11 +25,7 @@ def summarise(
         report: Its report artifact.
         exports: Its exports by type.
     """
-    steps = {}
-    for name in STEPS:
-        results = [result for unit, result in session.results.items() if unit.split(".", 1)[0] == name]
-        ran = [result.unit for result in results if not result.cached]
-        steps[name] = {"cached": not ran, "ran": ran, "wall_seconds": round(sum(r.wall_seconds for r in results), 1)}
+    steps = step_outcomes(session, STEPS)
     locations = _locations(session, report, exports)
     return {
         "steps": steps,
@@ -40,6 +37,23 @@ def summarise(
             for output, ref in result.outputs.items()
         },
     }
+
+
+def step_outcomes(session: Session, steps: Sequence[str]) -> Json:
+    """What became of each step: whether it was cached, which units ran, and how long they took.
+
+    Args:
+        session: The finished run.
+        steps: The steps of the flow, in order; those that had nothing to do are left out.
+    """
+    outcomes = {}
+    for name in steps:
+        results = [result for unit, result in session.results.items() if unit.split(".", 1)[0] == name]
+        ran = [result.unit for result in results if not result.cached]
+        if results:
+            seconds = round(sum(result.wall_seconds for result in results), 1)
+            outcomes[name] = {"cached": not ran, "ran": ran, "wall_seconds": seconds}
+    return outcomes
 
 
 def format_summary(summary: Json) -> str:
@@ -60,6 +74,23 @@ def format_summary(summary: Json) -> str:
     return "\n".join(lines)
 
 
+def metric_rows(summary: Json) -> list[Json]:
+    """The metrics as the rows of a table: both models, their difference, and whether it is clear.
+
+    Args:
+        summary: Of the finished run.
+    """
+    rows = []
+    for name, entry in summary["metrics"]["metrics"].items():
+        row: Json = {"metric": name, "better": entry["better"]}
+        for which in ("tuned", "base", "difference"):
+            figures = entry.get(which)
+            row[which] = None if figures is None else round(figures["value"], 6)
+            row[f"{which} interval"] = None if figures is None else f"[{figures['low']:.4f}, {figures['high']:.4f}]"
+        rows.append(row | {"tuned is": verdict(entry)})
+    return rows
+
+
 def metric_figures(summary: Json) -> dict[str, float]:
     """The metrics as flat names and values, for experiment tracking."""
     figures = {}
@@ -74,18 +105,29 @@ def _locations(session: Session, report: ArtifactRef, exports: Mapping[ExportTyp
     adapter = session.results["train"].outputs["adapter"]
     wanted: dict[str, ArtifactRef] = {"adapter": exports.get("lora", adapter), "report": report}
     wanted |= {name: ref for name, ref in exports.items() if name != "lora"}
-    root = session.local_root
-    where = {}
-    for name, ref in wanted.items():
-        if root is None:
-            where[name] = f"{session.config.runtime.store} artifact {ref.digest}"
-            continue
-        link = _link(root.parent / "latest" / name, session.local(ref))
-        where[name] = str(link / "report.html" if name == "report" else link)
+    where = linked(session, wanted)
     if session.config.export.destination is not None:
         where["copies"] = session.config.export.destination
     if session.tracker is not None:
         where["runs"] = f"mlflow ui --backend-store-uri {session.tracker.uri}"
+    return where
+
+
+def linked(session: Session, artifacts: Mapping[str, ArtifactRef]) -> dict[str, str]:
+    """Where people find artifacts: below ``latest/`` beside a local store, by digest in a remote one.
+
+    Args:
+        session: The run.
+        artifacts: By the names they get there.
+    """
+    root = session.local_root
+    where = {}
+    for name, ref in artifacts.items():
+        if root is None:
+            where[name] = f"{session.config.runtime.store} artifact {ref.digest}"
+            continue
+        link = _link(root.parent / "latest" / name, session.local(ref))
+        where[name] = str(link / "report.html" if ref.kind == "report" else link)
     return where
 
 

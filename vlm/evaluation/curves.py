@@ -55,7 +55,7 @@ def charts(entries: Sequence[Mapping[str, Any]]) -> list[Chart]:
     Returns:
         The losses first; nothing for what has no finite value.
     """
-    groups = [("Loss", _LOSSES)]
+    groups: list[tuple[str, tuple[tuple[str, str], ...]]] = [("Loss", _LOSSES)]
     for name, metric in METRICS.items():
         keys = [f"{prefix}{name}" for prefix in _GENERATED]
         key = next((key for key in keys if any(key in entry for entry in entries)), None)
