@@ -15,7 +15,6 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
-from artifacts.refs import ArtifactRef
 from flows.shared import publish_to_prefect, run_mending, value_of
 from tasks.evaluation_graph import EvaluationStepName
 from tasks.evaluation_runs import EvaluationRuns
@@ -24,7 +23,7 @@ from tasks.import_subject import import_subject
 from tasks.inference_mode import Predicted, inference_mode
 from tasks.load_model import load_model
 from tasks.prepare_dataset import prepare_dataset
-from tasks.score_subject import answer_bare, score, summarise_evaluation
+from tasks.score_subject import Scored, answer_bare, score, summarise_evaluation
 from tasks.summary import metric_figures
 from tasks.tracking import Tracker
 from vlm.config import EvaluateConfig
@@ -47,12 +46,12 @@ def evaluate(config: EvaluateConfig, rerun_from: EvaluationStepName | None = Non
     if config.tracking.enabled:
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None, shown=config)
     try:
-        metrics, report = run_mending(lambda: run_steps(runs))
-        summary = summarise_evaluation(runs, metrics, report)
+        scored = run_mending(lambda: run_steps(runs))
+        summary = summarise_evaluation(runs, scored)
         if not all(step["cached"] for step in summary["steps"].values()):
             if session.tracker is not None:
                 session.tracker.start()
-                session.tracker.log_report(session.local(metrics), session.local(report))
+                session.tracker.log_report(session.local(scored.metrics), session.local(scored.report))
                 refs = {f"{n}.{o}": ref for n, result in session.results.items() for o, ref in result.outputs.items()}
                 session.tracker.finish(refs, metric_figures(summary))
             publish_to_prefect(summary)
@@ -65,10 +64,10 @@ def evaluate(config: EvaluateConfig, rerun_from: EvaluationStepName | None = Non
         runs.close()
 
 
-def run_steps(runs: EvaluationRuns) -> tuple[ArtifactRef, ArtifactRef]:
-    """Runs the steps one after the other; returns metrics and report."""
+def run_steps(runs: EvaluationRuns) -> Scored:
+    """Runs the steps one after the other, in this thread."""
     session, kind = runs.session, runs.subject.kind
-    dataset = None
+    dataset = adapter = None
     if runs.config.subject.targets == "file":
         given = value_of(import_subject(session, None, return_state=True))
         predicted = Predicted(given, None)
@@ -85,12 +84,11 @@ def run_steps(runs: EvaluationRuns) -> tuple[ArtifactRef, ArtifactRef]:
         else:
             given = value_of(import_subject(session, dataset, return_state=True))
             if kind == "adapter":
-                predicted = value_of(inference_mode(session, checkpoint, dataset, given, return_state=True))
+                adapter = given
+                predicted = value_of(inference_mode(session, checkpoint, dataset, adapter, return_state=True))
             else:
                 if session.config.generation.evaluate_base_model:
                     base = value_of(answer_bare(session, checkpoint, dataset, return_state=True))
                 predicted = Predicted(given, base)
-    saved: tuple[ArtifactRef, ArtifactRef] = value_of(
-        score(session, runs.subject.name, predicted, dataset, return_state=True)
-    )
-    return saved
+    scored: Scored = value_of(score(session, predicted, dataset, adapter, return_state=True))
+    return scored

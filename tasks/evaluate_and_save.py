@@ -11,6 +11,7 @@ from artifacts.refs import ArtifactRef
 from tasks.delivery import deliver
 from tasks.graph import Json
 from tasks.inference_mode import Predicted
+from tasks.registry import Candidate, register, source_of
 from tasks.session import Session, package_versions
 from tasks.step import finish, step
 from tasks.train import Trained
@@ -23,6 +24,8 @@ class Saved(NamedTuple):
     metrics: ArtifactRef
     report: ArtifactRef
     exports: dict[ExportType, ArtifactRef]
+    registered: Json | None = None
+    """What the model registry made of it, where one is used."""
 
 
 @step
@@ -43,7 +46,12 @@ def evaluate_and_save(
         exports[kind] = _export(session, kind, checkpoint, trained.adapter)
         if session.config.export.destination is not None:
             deliver(session, exports[kind], f"{session.config.export.destination.rstrip('/')}/{kind}")
-    return finish(session, "evaluate_and_save", Saved(metrics, report, exports))
+    registered = None
+    if session.config.tracking.registered_model is not None:
+        made = {"adapter": trained.adapter} | {f"export.{kind}": ref for kind, ref in exports.items()}
+        source = source_of(session, exports, trained.adapter)
+        registered = register(session, Candidate(source, predicted.tuned, metrics, made))
+    return finish(session, "evaluate_and_save", Saved(metrics, report, exports, registered))
 
 
 def save_metrics(session: Session, predicted: Predicted) -> ArtifactRef:

@@ -17,6 +17,7 @@ from tasks.evaluation_graph import (
 from tasks.plan import HIT, Planned, plan_run
 from tasks.session import Session
 from vlm.config import EvaluateConfig
+from vlm.errors import ConfigError
 from vlm.evaluation.subject import Subject, find_subject, prediction_lines
 
 
@@ -49,6 +50,11 @@ class EvaluationRuns:
             StoreError: The store cannot be opened.
         """
         subject = find_subject(config.subject)
+        if subject.kind == "predictions" and config.tracking.registered_model is not None:
+            raise ConfigError(
+                f"tracking.registered_model {config.tracking.registered_model!r} registers a model, but subject.path"
+                f" {config.subject.path!r} holds answers only; drop registered_model"
+            )
         run = (model_run_config if subject.kind == "model" else run_config)(config, subject)
         units = evaluation_units(run, subject, config.subject)
         session = Session.open(run, rerun_from=rerun_from, steps=EVALUATION_STEPS, units=units, subject=subject)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 from artifacts.refs import ArtifactRef
 from tasks.evaluate_and_save import save_metrics, save_report
@@ -10,6 +11,7 @@ from tasks.evaluation_graph import EVALUATION_STEPS
 from tasks.evaluation_runs import EvaluationRuns
 from tasks.graph import Json
 from tasks.inference_mode import Predicted, answers
+from tasks.registry import Candidate, register, source_of
 from tasks.session import Session
 from tasks.step import finish, named_step
 from tasks.summary import linked, step_outcomes
@@ -21,24 +23,37 @@ def answer_bare(session: Session, checkpoint: ArtifactRef, dataset: ArtifactRef)
     return finish(session, "inference_mode", answers(session, checkpoint, dataset))
 
 
+class Scored(NamedTuple):
+    """What an evaluation leaves."""
+
+    metrics: ArtifactRef
+    report: ArtifactRef
+    registered: Json | None
+
+
 @named_step("evaluate_and_save")
-def score(
-    session: Session, subject_name: str, predicted: Predicted, dataset: ArtifactRef | None
-) -> tuple[ArtifactRef, ArtifactRef]:
+def score(session: Session, predicted: Predicted, dataset: ArtifactRef | None, adapter: ArtifactRef | None) -> Scored:
     """Scores the answers and writes the report."""
+    subject = session.subject
+    assert subject is not None
     metrics = save_metrics(session, predicted)
     refs = {"metrics": metrics} | ({} if dataset is None else {"dataset": dataset})
-    report = save_report(session, f"{subject_name}: evaluation report", refs)
-    return finish(session, "evaluate_and_save", (metrics, report))
+    report = save_report(session, f"{subject.name}: evaluation report", refs)
+    registered = None
+    if session.config.tracking.registered_model is not None:
+        # A whole model is registered where it lies.
+        source = session.model.name if adapter is None else source_of(session, {}, adapter)
+        made = {} if adapter is None else {"adapter": adapter}
+        registered = register(session, Candidate(source, predicted.tuned, metrics, made))
+    return finish(session, "evaluate_and_save", Scored(metrics, report, registered))
 
 
-def summarise_evaluation(runs: EvaluationRuns, metrics: ArtifactRef, report: ArtifactRef) -> Json:
+def summarise_evaluation(runs: EvaluationRuns, scored: Scored) -> Json:
     """Everything that the last lines say, as plain values.
 
     Args:
         runs: The finished runs.
-        metrics: The metrics artifact.
-        report: The report artifact.
+        scored: What they left.
     """
     session = runs.session
     steps: Json = {}
@@ -50,14 +65,15 @@ def summarise_evaluation(runs: EvaluationRuns, metrics: ArtifactRef, report: Art
                 "ran": earlier["ran"] + outcome["ran"],
                 "wall_seconds": round(earlier["wall_seconds"] + outcome["wall_seconds"], 1),
             }
-    locations = linked(session, {"evaluation": report})
+    locations = linked(session, {"evaluation": scored.report})
     if session.tracker is not None:
         locations["runs"] = f"mlflow ui --backend-store-uri {session.tracker.uri}"
     return {
         "subject": {"kind": runs.subject.kind, "name": runs.subject.name},
         "steps": {name: steps[name] for name in EVALUATION_STEPS if name in steps},
-        "metrics": json.loads(session.store.read_text(metrics, "metrics.json")),
+        "metrics": json.loads(session.store.read_text(scored.metrics, "metrics.json")),
         "locations": locations,
+        "registered": scored.registered,
         "artifacts": {
             f"{unit}.{output}": ref.digest
             for unit, result in session.results.items()

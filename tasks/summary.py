@@ -15,7 +15,11 @@ from vlm.evaluation.verdicts import verdict
 
 
 def summarise(
-    session: Session, metrics: ArtifactRef, report: ArtifactRef, exports: Mapping[ExportType, ArtifactRef]
+    session: Session,
+    metrics: ArtifactRef,
+    report: ArtifactRef,
+    exports: Mapping[ExportType, ArtifactRef],
+    registered: Json | None = None,
 ) -> Json:
     """Everything that the last lines say, as plain values.
 
@@ -24,6 +28,7 @@ def summarise(
         metrics: Its metrics artifact.
         report: Its report artifact.
         exports: Its exports by type.
+        registered: What the model registry made of it.
     """
     steps = step_outcomes(session, STEPS)
     locations = _locations(session, report, exports)
@@ -31,6 +36,7 @@ def summarise(
         "steps": steps,
         "metrics": json.loads(session.store.read_text(metrics, "metrics.json")),
         "locations": locations,
+        "registered": registered,
         "artifacts": {
             f"{unit}.{output}": ref.digest
             for unit, result in session.results.items()
@@ -70,6 +76,9 @@ def format_summary(summary: Json) -> str:
             text += f"   base model {base['value']:.4f}"
         lines.append(f"metric   {text}")
     lines.append(f"         on {metrics['num_rows']} {metrics['split']} rows; in brackets the 95 % interval")
+    if registered := summary.get("registered"):
+        holds = "champion" if registered["champion"] else "not champion"
+        lines.append(f"registry {registered['model']} version {registered['version']}, {holds}: {registered['reason']}")
     lines += [f"{name:<8} {where}" for name, where in summary["locations"].items()]
     return "\n".join(lines)
 

@@ -57,7 +57,7 @@ class Tracker:
         import mlflow
 
         mlflow.set_tracking_uri(self.uri)
-        with _first_use(self.uri):
+        with first_use(self.uri):
             _set_experiment(self.uri, self.session.config.tracking.experiment)
         run = mlflow.start_run(tags=self._tags())
         mlflow.log_params(flat(self.shown.model_dump(mode="json", exclude={"runtime", "tracking"})))
@@ -162,8 +162,12 @@ def _set_experiment(uri: str, name: str) -> None:
 
 
 @contextmanager
-def _first_use(uri: str) -> Iterator[None]:
-    """Lets one process at a time create the SQLite tables: several at once fail half-way through."""
+def first_use(uri: str) -> Iterator[None]:
+    """Lets one process at a time create the SQLite tables: several at once fail half-way through.
+
+    Args:
+        uri: The tracking address; only that of a SQLite file needs this.
+    """
     if not uri.startswith("sqlite:///"):
         yield
         return

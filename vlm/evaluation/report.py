@@ -130,7 +130,7 @@ def failure_counts(
         scored: The rows of ``rows.jsonl``, counted where there are no `failures`.
 
     Returns:
-        Kind, number of the tuned model's and of the base model's answers (None where unknown); most frequent first.
+        Kind, number of the tuned model's and of the base model's answers (None where unknown); most frequent first, none that never happened.
     """
     failures = metrics.get("failures")
     if failures is None:
@@ -146,6 +146,7 @@ def failure_counts(
             kind: {"tuned": tuned.get(kind, 0), "base": base.get(kind, 0) if base else None} for kind in tuned | base
         }
     counted = [(kind, *_both(count)) for kind, count in failures.items()]
+    counted = [entry for entry in counted if entry[1] or entry[2]]
     return sorted(counted, key=lambda entry: (-(entry[1] or 0), entry[0]))
 
 

@@ -7,6 +7,8 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from rapidfuzz.distance import Levenshtein
+
 from vlm.errors import DataError
 from vlm.evaluation.differences import text_difference, visible
 
@@ -71,6 +73,7 @@ def shown_rows(
                 "id": row["id"],
                 "position": position,
                 "target": row["target"],
+                "also_right": references(row)[1:],
                 "pictures": pictures if fits else [],
                 "num_left_out": 0 if fits else len(pictures),
                 "answers": [_answer(row, who, label, metrics) for who, label in MODELS if who in row],
@@ -89,11 +92,20 @@ def row_kinds(row: Mapping[str, Any], who: str = "tuned") -> list[str]:
         who: ``tuned`` or ``base``.
     """
     answer = row[who]
-    kinds = ["right" if answer["prediction"] == row["target"] else "wrong"]
+    kinds = ["right" if answer["prediction"] in references(row) else "wrong"]
     kinds += [str(kind) for kind in answer.get("failures", ())]
     if answer["finish_reason"] == "length" and "truncated" not in kinds:
         kinds.append("truncated")
     return kinds
+
+
+def references(row: Mapping[str, Any]) -> list[str]:
+    """Every right answer to a row, its target first.
+
+    Args:
+        row: A line of ``rows.jsonl``.
+    """
+    return list(dict.fromkeys([row["target"], *row.get("references", ())]))
 
 
 def picture(pixels: Any) -> dict[str, Any]:
@@ -140,12 +152,14 @@ def _images(row: Mapping[str, Any], position: int, rows: ImageRows | None) -> It
 
 def _answer(row: Mapping[str, Any], who: str, label: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     answer = row[who]
-    segments = text_difference(row["target"], answer["prediction"])
+    prediction = answer["prediction"]
+    # Marked against the right answer that it comes closest to.
+    nearest = min(references(row), key=lambda right: Levenshtein.normalized_distance(right, prediction))
+    segments = text_difference(nearest, prediction)
     return {
         "label": label,
         "segments": [(kind, text if kind == "same" else visible(text)) for kind, text in segments],
-        "empty": not answer["prediction"],
-        "right": answer["prediction"] == row["target"],
+        "empty": not prediction,
         "cut": answer["finish_reason"] == "length",
         "values_shown": [(entry["title"], answer[name]) for name, entry in metrics["metrics"].items()],
     }

@@ -231,6 +231,9 @@ def test_slices_and_failures_of_either_shape() -> None:
         ("repetition", 5, None),
         ("empty", 3, None),
     ]
+    assert failure_counts(
+        {"failures": {"empty": {"tuned": 0, "base": 2}, "wrong case": {"tuned": 0, "base": 0}}}, []
+    ) == [("empty", 0, 2)]
     assert failure_counts({"failures": {"tuned": {"empty": 1}, "base": {"empty": 2, "cut": 4}}}, []) == [
         ("empty", 1, 2),
         ("cut", 0, 4),
@@ -240,6 +243,19 @@ def test_slices_and_failures_of_either_shape() -> None:
         for who, reason in (("tuned", "stop"), ("tuned", "length"))
     )
     assert failure_counts({}, [stopped, cut]) == [("truncated", 1, None)]
+
+
+def test_an_answer_is_marked_against_the_nearest_right_one() -> None:
+    row = {
+        "id": "r",
+        "target": "seven",
+        "references": ["seven", "7"],
+        "tuned": {"prediction": "7", "finish_reason": "stop", "cer": 1.0},
+    }
+    (shown,) = shown_rows([row], None, {"metrics": {"cer": {"title": "CER", "better": "lower"}}})
+    assert shown["also_right"] == ["7"]
+    assert shown["kinds"] == ["right"]
+    assert shown["answers"][0]["segments"] == [("same", "7")]
 
 
 def test_pictures_of_photographs_are_small_and_all_together_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
