@@ -17,11 +17,11 @@ from typing import Any
 
 from vlm.evaluation.curves import Chart, charts
 from vlm.evaluation.evaluate import METRICS_FILE, ROWS_FILE
+from vlm.evaluation.report_data import DATA_ID, data_block
 from vlm.evaluation.report_rows import ImageRows, row_kinds, shown_rows
 from vlm.evaluation.verdicts import verdict
 
 REPORT_FILE = "report.html"
-DATA_ID = "report-data"
 
 
 def render_report(
@@ -75,7 +75,7 @@ def render_report(
         script=_raw(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         data_id=DATA_ID,
-        data=_raw(_safe_json({"title": title, "metrics": metrics, "provenance": dict(provenance or {})})),
+        data=_raw(data_block(metrics, provenance or {})),
         metrics=metrics,
         has_base=any("base" in row for row in scored),
         verdicts={name: verdict(entry) for name, entry in metrics["metrics"].items()},
@@ -208,11 +208,6 @@ def _quantity(name: str, value: Any) -> str:
 
 def _beside(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
-
-
-def _safe_json(value: Any) -> str:
-    """JSON that cannot end the element it stands in."""
-    return json.dumps(value, sort_keys=True).replace("<", "\\u003c")
 
 
 def _raw(text: str) -> Any:
