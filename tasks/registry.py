@@ -24,6 +24,7 @@ from tasks.comparison import compare_answers
 from tasks.graph import Json
 from tasks.session import Session, open_store
 from tasks.tracking import first_use
+from vlm.config.evaluation import ExportType
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation.verdicts import verdict
 
@@ -71,7 +72,7 @@ class Version:
     note: str
 
 
-def source_of(session: Session, exports: Mapping[str, ArtifactRef], fallback: ArtifactRef) -> str:
+def source_of(session: Session, exports: Mapping[ExportType, ArtifactRef], fallback: ArtifactRef) -> str:
     """Where the result of a run can be fetched from: its copy, or its folder in a store on this machine.
 
     Args:

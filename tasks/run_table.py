@@ -65,8 +65,10 @@ class Results:
         self.tracking = tracking
         self._records = store.index.records()
         self._made_by: dict[str, IndexRecord] = {}
-        # Newest first. What a step made is better known by that step than by an evaluation that brought it in again.
-        for record in sorted(self._records, key=lambda record: record.unit.startswith("import_subject")):
+        # Newest first. What a step made is better known by that step than by an evaluation that brought it in again; what
+        # was registered was not made by that.
+        made = [record for record in self._records if record.unit.split(".", 1)[0] in _SECTIONS]
+        for record in sorted(made, key=lambda record: record.unit.startswith("import_subject")):
             for ref in record.outputs.values():
                 self._made_by.setdefault(ref.digest, record)
 

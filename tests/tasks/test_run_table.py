@@ -56,6 +56,9 @@ class Runs:
             metrics = self.publish(stage / "metrics", "metrics", {"tuned": predictions.digest})
             inputs = {"tuned": predictions.digest}
             self.record("evaluate_and_save.metrics", {"metrics": ["cer"]}, inputs, "metrics", metrics)
+            # What the registry and an evaluation note later hides nothing of how it was made.
+            self.record("import_subject.adapter", {}, {}, "adapter", adapter)
+            self.record("register_model.0", {}, {"metrics": metrics.digest}, "metrics", metrics)
             self.digests[name], self.predictions[name] = metrics.digest, predictions.digest
 
     def publish(self, folder: Path, kind: str, inputs: dict[str, str]) -> ArtifactRef:
