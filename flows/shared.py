@@ -10,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from artifacts.errors import CorruptObjectError, NotFoundError
 from tasks.graph import Json
-from tasks.summary import format_summary, metric_rows
+from tasks.summary import format_summary, metric_rows, report_markdown
 
 R = TypeVar("R")
 
@@ -47,3 +47,4 @@ def publish_to_prefect(summary: Json) -> None:
     """
     create_table_artifact(metric_rows(summary), key="metrics", description="Tuned and base model on held-out rows")
     create_markdown_artifact(f"```text\n{format_summary(summary)}\n```", key="summary", description="Last lines")
+    create_markdown_artifact(report_markdown(summary), key="report", description="The report in short")

@@ -100,6 +100,33 @@ def metric_rows(summary: Json) -> list[Json]:
     return rows
 
 
+def report_markdown(summary: Json) -> str:
+    """The report in short, for pages that show Markdown: metrics, kinds of failure, and where the whole is.
+
+    Args:
+        summary: Of the finished run.
+    """
+    metrics = summary["metrics"]
+    lines = [f"{metrics['num_rows']} rows of the {metrics['split']} split.", ""]
+    lines += ["| metric | tuned | base | tuned − base | tuned is |", "|---|---|---|---|---|"]
+    for row in metric_rows(summary):
+        cells = [f"{row[which]} {row[f'{which} interval'] or ''}".strip() for which in ("tuned", "base", "difference")]
+        cells = ["–" if cell == "None" else cell for cell in cells]
+        lines.append(
+            f"| {row['metric']} ({row['better']} is better) | {' | '.join(cells)} | {row['tuned is'] or '–'} |"
+        )
+    counts = {kind: count for kind, count in metrics.get("failures", {}).items() if any(count.values())}
+    if counts:
+        lines += ["", "| kind of failure | tuned | base |", "|---|---|---|"]
+        lines += [f"| {kind} | {count['tuned']} | {_dash(count['base'])} |" for kind, count in counts.items()]
+    lines += ["", *(f"- {name}: `{where}`" for name, where in summary["locations"].items())]
+    return "\n".join(lines)
+
+
+def _dash(value: object) -> object:
+    return "–" if value is None else value
+
+
 def metric_figures(summary: Json) -> dict[str, float]:
     """The metrics as flat names and values, for experiment tracking."""
     figures = {}

@@ -111,4 +111,4 @@ def test_all_deploy_and_one_runs_to_completed(server: dict[str, str], tmp_path: 
     assert len(tasks) == 7
     assert {task["state"]["type"] for task in tasks} == {"COMPLETED"}
     artifacts = post(f"{url}/artifacts/filter", {})
-    assert {"metrics", "summary"} <= {artifact["key"] for artifact in artifacts}
+    assert {"metrics", "summary", "report"} <= {artifact["key"] for artifact in artifacts}

@@ -173,6 +173,21 @@ def test_promoting_by_hand_goes_back_and_forth(registry: Registry, capsys: pytes
     assert earlier_champion(registry.uri, "receipts") == 2
 
 
+def test_versions_and_runs_can_be_compared(registry: Registry) -> None:
+    import mlflow
+
+    from tasks.run_table import Results
+
+    results = Results(Session.open(registry.config).store, registry.uri)
+    version = mlflow.MlflowClient(registry.uri).get_model_version("receipts", "1")
+    by_alias, by_number = results.find("models:/receipts@champion"), results.find("models:/receipts/1")
+    assert by_alias.digest == by_number.digest == version.tags["artifact.metrics"]
+    with pytest.raises(ConfigError, match="is not in sqlite"):
+        results.find("models:/receipts/7")
+    with pytest.raises(ConfigError, match="has no metrics: it did not finish"):
+        results.find(f"run:{version.run_id}")
+
+
 def test_what_is_not_there_is_named(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no version 9; its versions: 1"):
         promote(registry.uri, "receipts", 9, "")
