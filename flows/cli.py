@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import signal
 import sys
 import warnings
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import yaml
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-
+from flows.settings import COMMAND_LINE, CommandLine, Parser, read_settings
 from tasks.graph import STEPS, StepName
 from vlm.config import RunConfig
-from vlm.errors import ConfigError
 
 QUIET = {
     # Embedded server: slow to start on a loaded machine, otherwise silent and on its own.
@@ -33,42 +27,10 @@ QUIET = {
 }
 
 
-class Arguments(BaseSettings, RunConfig):
-    """The configuration as the command line reads it: neither the environment nor any file adds to it unasked."""
+class Arguments(CommandLine, RunConfig):
+    """The settings of the pipeline."""
 
-    model_config = SettingsConfigDict(
-        cli_kebab_case=False,
-        cli_implicit_flags=False,
-        cli_hide_none_type=True,
-        cli_parse_none_str="null",
-        cli_use_class_docs_for_groups=True,
-        nested_model_default_partial_update=True,
-    )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Leaves the YAML file (given as initial values) below the command line, and nothing else."""
-        return (init_settings,)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what was wrong in two lines instead of a page of usage, and names the nearest option."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends with exit status 2."""
-        known = sorted(self._option_string_actions)
-        wrong = [word.split("=", 1)[0] for word in message.split() if word.startswith("--")]
-        near = [match for word in wrong for match in difflib.get_close_matches(word, known, n=2)]
-        hint = f" Did you mean {' or '.join(near)}?" if near and "unrecognized" in message else ""
-        sys.stderr.write(f"error: {message}.{hint}\n--help lists every setting.\n")
-        raise SystemExit(2)
+    model_config = COMMAND_LINE
 
 
 def parse(arguments: list[str]) -> tuple[RunConfig, argparse.Namespace]:
@@ -90,69 +52,11 @@ def parse(arguments: list[str]) -> tuple[RunConfig, argparse.Namespace]:
         " model learns the built-in receipts. Lists are written as JSON or with commas, no value as null.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with settings; options below override it")
     parser.add_argument("--plan", action="store_true", help="say what would run and why, then stop")
     parser.add_argument(
         "--rerun-from", metavar="STEP", choices=STEPS, help=f"run this step and all after it: {', '.join(STEPS)}"
     )
-    source: Any = CliSettingsSource(Arguments, root_parser=parser, cli_parse_args=arguments)
-    options = parser.parse_args(arguments)
-    from_file = read_yaml(Path(options.config)) if options.config else {}
-    try:
-        settings = Arguments(_cli_settings_source=source, **from_file)
-        return RunConfig.model_validate(settings.model_dump()), options
-    except ValidationError as error:
-        raise ConfigError(describe(error)) from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads settings from a YAML file.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ConfigError: If there is no such file, or it does not hold a mapping of settings.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} holds a {type(content).__name__}; it must be a mapping of sections")
-    return content
-
-
-def describe(error: ValidationError) -> str:
-    """One line per wrong setting: its name, the value, the rule, and near names of a misspelt one."""
-    lines = []
-    for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(problem["loc"][-1]), _fields_at(problem["loc"][:-1]), n=2)
-            hint = f" Did you mean {' or '.join(close)}?" if close else " --help lists every setting."
-            lines.append(f"{name}: there is no such setting.{hint}")
-        else:
-            value = "" if isinstance(problem["input"], dict) else f" {problem['input']!r}"
-            # What contradicts itself across sections has no name of its own; its message says all.
-            place = f"{name}{value}: " if name else ""
-            lines.append(f"{place}{problem['msg'].removeprefix('Value error, ')}")
-    return "\n".join(lines)
-
-
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the settings in a section."""
-    section: Any = RunConfig
-    for part in location:
-        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
-        if field is None:
-            return []
-        section = field.annotation
-    return list(getattr(section, "model_fields", {}))
+    return read_settings(arguments, parser, Arguments, RunConfig)
 
 
 def main(arguments: list[str] | None = None) -> int:

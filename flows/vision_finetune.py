@@ -11,13 +11,10 @@ if __name__ == "__main__":
 
     raise SystemExit(main())
 
-from typing import Any
-
-from prefect import State, flow, get_run_logger
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect import flow
 from prefect.runtime import flow_run
 
-from artifacts.errors import CorruptObjectError, NotFoundError
+from flows.shared import publish_to_prefect, run_mending, value_of
 from tasks.configure_lora import configure_lora
 from tasks.evaluate_and_save import Saved, evaluate_and_save
 from tasks.graph import Json, StepName
@@ -26,7 +23,7 @@ from tasks.load_model import load_model
 from tasks.plan import check_inputs
 from tasks.prepare_dataset import prepare_dataset
 from tasks.session import Session
-from tasks.summary import format_summary, metric_figures, summarise
+from tasks.summary import metric_figures, summarise
 from tasks.tracking import Tracker
 from tasks.train import train
 from tasks.training_mode import training_mode
@@ -51,9 +48,11 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
     if session.config.tracking.enabled:
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None)
     try:
-        saved = run_steps_mending(session)
+        saved = run_mending(lambda: run_steps(session))
         summary = summarise(session, *saved)
         if session.tracker is not None:
+            if session.tracker.run_id is not None:
+                session.tracker.log_report(session.local(saved.metrics), session.local(saved.report))
             refs = {f"{n}.{o}": ref for n, result in session.results.items() for o, ref in result.outputs.items()}
             session.tracker.finish(refs, metric_figures(summary))
         if not all(step["cached"] for step in summary["steps"].values()):
@@ -67,21 +66,6 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
         session.close()
 
 
-def run_steps_mending(session: Session, num_attempts: int = 3) -> Saved:
-    """Runs the seven steps, and again when an artifact proved damaged while it was read.
-
-    The store has removed the damaged part by then, so the step that made it runs anew and all others are cached.
-    """
-    for attempt in range(1, num_attempts + 1):
-        try:
-            return run_steps(session)
-        except (CorruptObjectError, NotFoundError) as error:
-            if attempt == num_attempts:
-                raise
-            get_run_logger().warning("%s Making it again.", error)
-    raise AssertionError("unreachable")
-
-
 def run_steps(session: Session) -> Saved:
     """Runs the seven steps one after the other, in this thread.
 
@@ -93,19 +77,6 @@ def run_steps(session: Session) -> Saved:
     plan = value_of(training_mode(session, checkpoint, adapter, dataset, return_state=True))
     trained = value_of(train(session, checkpoint, adapter, dataset, plan, return_state=True))
     predicted = value_of(inference_mode(session, checkpoint, dataset, trained.adapter, return_state=True))
-    return value_of(evaluate_and_save(session, checkpoint, dataset, plan, trained, predicted, return_state=True))
-
-
-def value_of(state: State[Any]) -> Any:
-    """What a step returned, or the error it ended in."""
-    return state.result()
-
-
-def publish_to_prefect(summary: Json) -> None:
-    """Shows metrics and the last lines on the run's page in the Prefect UI."""
-    rows = [
-        {"metric": name, "tuned": figures["tuned"]["value"], "base": (figures.get("base") or {}).get("value")}
-        for name, figures in summary["metrics"]["metrics"].items()
-    ]
-    create_table_artifact(rows, key="metrics", description="Tuned and base model on held-out rows")
-    create_markdown_artifact(f"```text\n{format_summary(summary)}\n```", key="summary", description="Last lines")
+    state = evaluate_and_save(session, checkpoint, dataset, plan, trained, predicted, return_state=True)
+    saved: Saved = value_of(state)
+    return saved

@@ -11,6 +11,7 @@ from artifacts.refs import ArtifactRef
 from tasks.delivery import deliver
 from tasks.graph import Json
 from tasks.inference_mode import Predicted
+from tasks.registry import Candidate, register, source_of
 from tasks.session import Session, package_versions
 from tasks.step import finish, step
 from tasks.train import Trained
@@ -23,6 +24,8 @@ class Saved(NamedTuple):
     metrics: ArtifactRef
     report: ArtifactRef
     exports: dict[ExportType, ArtifactRef]
+    registered: Json | None = None
+    """What the model registry made of it, where one is used."""
 
 
 @step
@@ -35,17 +38,30 @@ def evaluate_and_save(
     predicted: Predicted,
 ) -> Saved:
     """Scores the answers, writes the report and exports the model by type."""
-    metrics = _metrics(session, predicted)
-    report = _report(session, metrics, trained.training, dataset, plan)
+    metrics = save_metrics(session, predicted)
+    refs = {"metrics": metrics, "training": trained.training, "dataset": dataset, "plan": plan}
+    report = save_report(session, f"{Path(session.config.model.name).name}: fine-tuning report", refs)
     exports = {}
     for kind in session.config.export.types:
         exports[kind] = _export(session, kind, checkpoint, trained.adapter)
         if session.config.export.destination is not None:
             deliver(session, exports[kind], f"{session.config.export.destination.rstrip('/')}/{kind}")
-    return finish(session, "evaluate_and_save", Saved(metrics, report, exports))
+    registered = None
+    if session.config.tracking.registered_model is not None:
+        made = {"adapter": trained.adapter} | {f"export.{kind}": ref for kind, ref in exports.items()}
+        source = source_of(session, exports, trained.adapter)
+        registered = register(session, Candidate(source, predicted.tuned, metrics, made))
+    return finish(session, "evaluate_and_save", Saved(metrics, report, exports, registered))
 
 
-def _metrics(session: Session, predicted: Predicted) -> ArtifactRef:
+def save_metrics(session: Session, predicted: Predicted) -> ArtifactRef:
+    """Scores answers against the expected ones.
+
+    Args:
+        session: The run.
+        predicted: The answers of one or both models.
+    """
+
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         from vlm.evaluation.evaluate import evaluate_predictions
 
@@ -59,28 +75,39 @@ def _metrics(session: Session, predicted: Predicted) -> ArtifactRef:
     return session.run("evaluate_and_save.metrics", inputs, build).outputs["metrics"]
 
 
-def _report(
-    session: Session, metrics: ArtifactRef, training: ArtifactRef, dataset: ArtifactRef, plan: ArtifactRef
-) -> ArtifactRef:
-    refs = {"metrics": metrics, "training": training, "dataset": dataset, "plan": plan}
+def save_report(session: Session, title: str, refs: Mapping[str, ArtifactRef]) -> ArtifactRef:
+    """Writes the report page.
+
+    Args:
+        session: The run.
+        title: The page's heading.
+        refs: What it shows: `metrics`, and `training`, `dataset` and `plan` where there are any.
+    """
 
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         from vlm.data.prepared import PreparedDataset
         from vlm.evaluation.report import render_report
 
         config = session.config
-        summary = json.loads((inputs["dataset"] / "summary.json").read_text(encoding="utf-8"))
-        page = render_report(
-            title=f"{Path(config.model.name).name}: fine-tuning report",
-            metrics_dir=inputs["metrics"],
-            output_dir=stage / "report",
-            rows=PreparedDataset(inputs["dataset"], config.generation.split),
-            training_dir=inputs["training"],
-            ledger={
+        rows, ledger, plan = None, {}, None
+        if "dataset" in inputs:
+            rows = PreparedDataset(inputs["dataset"], config.generation.split)
+            summary = json.loads((inputs["dataset"] / "summary.json").read_text(encoding="utf-8"))
+            ledger = {
                 f"{action}: {reason}": count
                 for action, reasons in summary["ledger"].items()
                 for reason, count in reasons.items()
-            },
+            }
+        if "plan" in inputs:
+            plan = json.loads((inputs["plan"] / "plan.json").read_text(encoding="utf-8"))
+        page = render_report(
+            title=title,
+            metrics_dir=inputs["metrics"],
+            output_dir=stage / "report",
+            rows=rows,
+            training_dir=inputs.get("training"),
+            plan=plan,
+            ledger=ledger,
             configuration=session.unit("evaluate_and_save.report").settings(session.resolved),
             provenance=package_versions() | {name: ref.digest for name, ref in refs.items()},
         )

@@ -23,6 +23,22 @@ class Predicted(NamedTuple):
 @step
 def inference_mode(session: Session, checkpoint: ArtifactRef, dataset: ArtifactRef, adapter: ArtifactRef) -> Predicted:
     """Answers the held-out rows in evaluation mode with the cache on."""
+    base = answers(session, checkpoint, dataset) if session.config.generation.evaluate_base_model else None
+    tuned = answers(session, checkpoint, dataset, adapter)
+    return finish(session, "inference_mode", Predicted(tuned, base))
+
+
+def answers(
+    session: Session, checkpoint: ArtifactRef, dataset: ArtifactRef, adapter: ArtifactRef | None = None
+) -> ArtifactRef:
+    """The predictions of a checkpoint, with an adapter or bare.
+
+    Args:
+        session: The run.
+        checkpoint: The model.
+        dataset: Whose rows it answers.
+        adapter: Put on the model; None takes the model as it is.
+    """
 
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         from vlm.generate import generate_predictions
@@ -36,8 +52,6 @@ def inference_mode(session: Session, checkpoint: ArtifactRef, dataset: ArtifactR
         ).to_json()
 
     inputs = {"checkpoint": checkpoint, "dataset": dataset}
-    base = None
-    if session.config.generation.evaluate_base_model:
-        base = session.run("inference_mode.base", inputs, build).outputs["predictions"]
-    tuned = session.run("inference_mode.tuned", inputs | {"adapter": adapter}, build).outputs["predictions"]
-    return finish(session, "inference_mode", Predicted(tuned, base))
+    if adapter is None:
+        return session.run("inference_mode.base", inputs, build).outputs["predictions"]
+    return session.run("inference_mode.tuned", inputs | {"adapter": adapter}, build).outputs["predictions"]

@@ -26,7 +26,7 @@ def prepare_dataset(session: Session, checkpoint: ArtifactRef) -> ArtifactRef:
             processing,
             stage / "dataset",
             num_workers=config.runtime.num_workers,
-            required_splits=("train", config.generation.split),
+            required_splits=session.needed_splits,
         ).to_json()
 
     result = session.run("prepare_dataset", {"processor": checkpoint}, build)

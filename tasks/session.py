@@ -6,13 +6,13 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from artifacts.code_digest import code_digest
 from artifacts.keys import step_key
@@ -20,11 +20,14 @@ from artifacts.manifest import subtree_digest
 from artifacts.pins import Pin
 from artifacts.refs import ArtifactRef
 from artifacts.store import Store
-from tasks.graph import STEPS, Json, Resolved, StepName, Unit, units_for
+from tasks.graph import STEPS, Json, Resolved, Unit, units_for
 from vlm.cache import cache_directory
 from vlm.config import ModelConfig, RunConfig
 from vlm.loading.device import detect_device, resolve_precision, resolve_quantization
 from vlm.progress import counting_bytes
+
+if TYPE_CHECKING:
+    from vlm.evaluation.subject import Subject
 
 Outputs = dict[str, ArtifactRef]
 Build = Callable[[Path, Mapping[str, Path]], Json]
@@ -73,13 +76,26 @@ class Session:
         results: What became of each unit so far.
         tracker: Experiment tracking, or None.
         cache_dir: Folder for what can always be made again.
+        units: The units of this run, in order.
+        subject: What an evaluation scores; None in a training run.
     """
 
-    def __init__(self, resolved: Resolved, store: Store, *, forced: frozenset[str], cache_dir: Path) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        store: Store,
+        *,
+        forced: frozenset[str],
+        cache_dir: Path,
+        units: tuple[Unit, ...] | None = None,
+        subject: Subject | None = None,
+    ) -> None:
         self.resolved = resolved
         self.store = store
         self.forced = forced
         self.cache_dir = cache_dir
+        self.units = units_for(resolved.config) if units is None else units
+        self.subject = subject
         self.results: dict[str, UnitResult] = {}
         self.tracker: Any = None
         self._sources: dict[str, dict[str, str]] = {}
@@ -87,12 +103,23 @@ class Session:
         self._pin: Pin | None = None
 
     @classmethod
-    def open(cls, config: RunConfig, *, rerun_from: StepName | None = None) -> Session:
+    def open(
+        cls,
+        config: RunConfig,
+        *,
+        rerun_from: str | None = None,
+        steps: Sequence[str] = STEPS,
+        units: tuple[Unit, ...] | None = None,
+        subject: Subject | None = None,
+    ) -> Session:
         """Settles the configuration on this machine and opens the store.
 
         Args:
             config: The configuration.
             rerun_from: Name of the first step that must run even if its result is there.
+            steps: The steps of the flow, in order.
+            units: The units of the run; None takes those of a training run.
+            subject: What an evaluation scores.
 
         Raises:
             ResourceError: If the asked-for device is not there.
@@ -100,7 +127,7 @@ class Session:
         """
         forced: frozenset[str] = frozenset()
         if rerun_from is not None:
-            forced = frozenset(STEPS[STEPS.index(rerun_from) :])
+            forced = frozenset(steps[steps.index(rerun_from) :])
         device = detect_device(config.runtime.device)
         if device == "cpu":
             # Forward and backward passes run in two threads, each with its own OpenMP pool. Pools that spin while they
@@ -113,7 +140,7 @@ class Session:
         resolved = Resolved(config, device, resolve_precision(config.model.precision, device))
         cache_dir = cache_directory()
         store = open_store(config.runtime.store, cache_dir)
-        return cls(resolved, store, forced=forced, cache_dir=cache_dir)
+        return cls(resolved, store, forced=forced, cache_dir=cache_dir, units=units, subject=subject)
 
     @property
     def config(self) -> RunConfig:
@@ -136,9 +163,10 @@ class Session:
         return pin_revision(self.config.model)
 
     @property
-    def units(self) -> tuple[Unit, ...]:
-        """The units of this run, in order."""
-        return units_for(self.config)
+    def needed_splits(self) -> tuple[str, ...]:
+        """Splits that must not be empty."""
+        answered = self.config.generation.split
+        return ("train", answered) if any(unit.step == "train" for unit in self.units) else (answered,)
 
     def unit(self, name: str) -> Unit:
         """The unit of that name."""
@@ -274,6 +302,11 @@ class Session:
                 from vlm.loading.identity import model_digest
 
                 return {"model": model_digest(self.model, cache_dir=self.cache_dir, on_bytes=advance)}
+            if which == "subject":
+                from vlm.evaluation.subject import subject_digest
+
+                assert self.subject is not None
+                return subject_digest(self.subject, cache_dir=self.cache_dir, on_bytes=advance)
             from vlm.data.fingerprint import source_digest
 
             return {

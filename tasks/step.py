@@ -1,4 +1,4 @@
-"""What all seven tasks share: how a shell becomes a Prefect task, and how it ends."""
+"""What all tasks share: how a shell becomes a Prefect task, and how it ends."""
 
 from __future__ import annotations
 
@@ -16,17 +16,30 @@ R = TypeVar("R")
 
 
 def step(function: Callable[P, R]) -> Task[P, R]:
-    """Makes a Prefect task of a step.
+    """Makes a Prefect task of a step, which has the function's name.
 
     Prefect neither caches nor persists: its own cache would answer although an artifact is corrupt or gone. The store
     decides, and a step whose artifacts are all there ends in a state named Cached.
     """
-    return task(
-        name=function.__name__,
-        description=(function.__doc__ or "").split("\n", 1)[0],
-        cache_policy=NO_CACHE,
-        persist_result=False,
-    )(function)
+    return named_step(function.__name__)(function)
+
+
+def named_step(name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """As ``step``, where another function does a step of that name.
+
+    Args:
+        name: Of the step.
+    """
+
+    def decorate(function: Callable[P, R]) -> Task[P, R]:
+        return task(
+            name=name,
+            description=(function.__doc__ or "").split("\n", 1)[0],
+            cache_policy=NO_CACHE,
+            persist_result=False,
+        )(function)
+
+    return decorate
 
 
 def finish(session: Session, step_name: str, value: Any) -> Any:

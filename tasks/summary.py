@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from artifacts.refs import ArtifactRef
 from tasks.graph import STEPS, Json
 from tasks.session import Session
 from vlm.config.evaluation import ExportType
+from vlm.evaluation.verdicts import verdict
 
 
 def summarise(
-    session: Session, metrics: ArtifactRef, report: ArtifactRef, exports: Mapping[ExportType, ArtifactRef]
+    session: Session,
+    metrics: ArtifactRef,
+    report: ArtifactRef,
+    exports: Mapping[ExportType, ArtifactRef],
+    registered: Json | None = None,
 ) -> Json:
     """Everything that the last lines say, as plain values.
 
@@ -23,23 +28,38 @@ def summarise(
         metrics: Its metrics artifact.
         report: Its report artifact.
         exports: Its exports by type.
+        registered: What the model registry made of it.
     """
-    steps = {}
-    for name in STEPS:
-        results = [result for unit, result in session.results.items() if unit.split(".", 1)[0] == name]
-        ran = [result.unit for result in results if not result.cached]
-        steps[name] = {"cached": not ran, "ran": ran, "wall_seconds": round(sum(r.wall_seconds for r in results), 1)}
+    steps = step_outcomes(session, STEPS)
     locations = _locations(session, report, exports)
     return {
         "steps": steps,
         "metrics": json.loads(session.store.read_text(metrics, "metrics.json")),
         "locations": locations,
+        "registered": registered,
         "artifacts": {
             f"{unit}.{output}": ref.digest
             for unit, result in session.results.items()
             for output, ref in result.outputs.items()
         },
     }
+
+
+def step_outcomes(session: Session, steps: Sequence[str]) -> Json:
+    """What became of each step: whether it was cached, which units ran, and how long they took.
+
+    Args:
+        session: The finished run.
+        steps: The steps of the flow, in order; those that had nothing to do are left out.
+    """
+    outcomes = {}
+    for name in steps:
+        results = [result for unit, result in session.results.items() if unit.split(".", 1)[0] == name]
+        ran = [result.unit for result in results if not result.cached]
+        if results:
+            seconds = round(sum(result.wall_seconds for result in results), 1)
+            outcomes[name] = {"cached": not ran, "ran": ran, "wall_seconds": seconds}
+    return outcomes
 
 
 def format_summary(summary: Json) -> str:
@@ -56,8 +76,55 @@ def format_summary(summary: Json) -> str:
             text += f"   base model {base['value']:.4f}"
         lines.append(f"metric   {text}")
     lines.append(f"         on {metrics['num_rows']} {metrics['split']} rows; in brackets the 95 % interval")
+    if registered := summary.get("registered"):
+        holds = "champion" if registered["champion"] else "not champion"
+        lines.append(f"registry {registered['model']} version {registered['version']}, {holds}: {registered['reason']}")
     lines += [f"{name:<8} {where}" for name, where in summary["locations"].items()]
     return "\n".join(lines)
+
+
+def metric_rows(summary: Json) -> list[Json]:
+    """The metrics as the rows of a table: both models, their difference, and whether it is clear.
+
+    Args:
+        summary: Of the finished run.
+    """
+    rows = []
+    for name, entry in summary["metrics"]["metrics"].items():
+        row: Json = {"metric": name, "better": entry["better"]}
+        for which in ("tuned", "base", "difference"):
+            figures = entry.get(which)
+            row[which] = None if figures is None else round(figures["value"], 6)
+            row[f"{which} interval"] = None if figures is None else f"[{figures['low']:.4f}, {figures['high']:.4f}]"
+        rows.append(row | {"tuned is": verdict(entry)})
+    return rows
+
+
+def report_markdown(summary: Json) -> str:
+    """The report in short, for pages that show Markdown: metrics, kinds of failure, and where the whole is.
+
+    Args:
+        summary: Of the finished run.
+    """
+    metrics = summary["metrics"]
+    lines = [f"{metrics['num_rows']} rows of the {metrics['split']} split.", ""]
+    lines += ["| metric | tuned | base | tuned − base | tuned is |", "|---|---|---|---|---|"]
+    for row in metric_rows(summary):
+        cells = [f"{row[which]} {row[f'{which} interval'] or ''}".strip() for which in ("tuned", "base", "difference")]
+        cells = ["–" if cell == "None" else cell for cell in cells]
+        lines.append(
+            f"| {row['metric']} ({row['better']} is better) | {' | '.join(cells)} | {row['tuned is'] or '–'} |"
+        )
+    counts = {kind: count for kind, count in metrics.get("failures", {}).items() if any(count.values())}
+    if counts:
+        lines += ["", "| kind of failure | tuned | base |", "|---|---|---|"]
+        lines += [f"| {kind} | {count['tuned']} | {_dash(count['base'])} |" for kind, count in counts.items()]
+    lines += ["", *(f"- {name}: `{where}`" for name, where in summary["locations"].items())]
+    return "\n".join(lines)
+
+
+def _dash(value: object) -> object:
+    return "–" if value is None else value
 
 
 def metric_figures(summary: Json) -> dict[str, float]:
@@ -74,18 +141,29 @@ def _locations(session: Session, report: ArtifactRef, exports: Mapping[ExportTyp
     adapter = session.results["train"].outputs["adapter"]
     wanted: dict[str, ArtifactRef] = {"adapter": exports.get("lora", adapter), "report": report}
     wanted |= {name: ref for name, ref in exports.items() if name != "lora"}
-    root = session.local_root
-    where = {}
-    for name, ref in wanted.items():
-        if root is None:
-            where[name] = f"{session.config.runtime.store} artifact {ref.digest}"
-            continue
-        link = _link(root.parent / "latest" / name, session.local(ref))
-        where[name] = str(link / "report.html" if name == "report" else link)
+    where = linked(session, wanted)
     if session.config.export.destination is not None:
         where["copies"] = session.config.export.destination
     if session.tracker is not None:
         where["runs"] = f"mlflow ui --backend-store-uri {session.tracker.uri}"
+    return where
+
+
+def linked(session: Session, artifacts: Mapping[str, ArtifactRef]) -> dict[str, str]:
+    """Where people find artifacts: below ``latest/`` beside a local store, by digest in a remote one.
+
+    Args:
+        session: The run.
+        artifacts: By the names they get there.
+    """
+    root = session.local_root
+    where = {}
+    for name, ref in artifacts.items():
+        if root is None:
+            where[name] = f"{session.config.runtime.store} artifact {ref.digest}"
+            continue
+        link = _link(root.parent / "latest" / name, session.local(ref))
+        where[name] = str(link / "report.html" if ref.kind == "report" else link)
     return where
 
 

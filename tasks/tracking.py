@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from artifacts.refs import ArtifactRef
 from tasks.graph import Json
 from tasks.session import Session
@@ -34,14 +36,16 @@ def tracking_uri(session: Session) -> str:
 class Tracker:
     """Logs one flow run; opened by the first step that really runs."""
 
-    def __init__(self, session: Session, flow_run_id: str | None) -> None:
+    def __init__(self, session: Session, flow_run_id: str | None, shown: BaseModel | None = None) -> None:
         """Prepares, without importing MLflow.
 
         Args:
             session: The run to log.
             flow_run_id: Prefect's id of it.
+            shown: The settings that become the run's parameters; None takes those of the session.
         """
         self.session = session
+        self.shown = session.config if shown is None else shown
         self.flow_run_id = flow_run_id
         self.uri = tracking_uri(session)
         self.run_id: str | None = None
@@ -53,10 +57,10 @@ class Tracker:
         import mlflow
 
         mlflow.set_tracking_uri(self.uri)
-        with _first_use(self.uri):
-            mlflow.set_experiment(self.session.config.tracking.experiment)
+        with first_use(self.uri):
+            _set_experiment(self.uri, self.session.config.tracking.experiment)
         run = mlflow.start_run(tags=self._tags())
-        mlflow.log_params(flat(self.session.config.model_dump(mode="json", exclude={"runtime", "tracking"})))
+        mlflow.log_params(flat(self.shown.model_dump(mode="json", exclude={"runtime", "tracking"})))
         self.run_id = str(run.info.run_id)
         return self.run_id
 
@@ -81,6 +85,18 @@ class Tracker:
             mlflow.end_run("FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         mlflow.end_run()
+
+    def log_report(self, metrics_dir: Path, report_dir: Path) -> None:
+        """Puts the report page and the metrics beside the run's figures; for a run that was started.
+
+        Args:
+            metrics_dir: Folder of the metrics artifact.
+            report_dir: Folder of the report artifact.
+        """
+        import mlflow
+
+        mlflow.log_artifact(str(metrics_dir / "metrics.json"))
+        mlflow.log_artifact(str(report_dir / "report.html"))
 
     def finish(self, digests: dict[str, ArtifactRef], metrics: dict[str, float]) -> None:
         """Logs what the run made and closes it; does nothing when nothing ran.
@@ -132,9 +148,26 @@ def flat(tree: Json, prefix: str = "") -> dict[str, str]:
     return leaves
 
 
+def _set_experiment(uri: str, name: str) -> None:
+    """Makes an experiment the current one; where runs go to a file, what they log lies beside it.
+
+    Otherwise MLflow would put it into a folder of the working directory, whatever that happens to be.
+    """
+    import mlflow
+
+    if uri.startswith("sqlite:///") and mlflow.get_experiment_by_name(name) is None:
+        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow_artifacts"
+        mlflow.create_experiment(name, artifact_location=folder.as_uri())
+    mlflow.set_experiment(name)
+
+
 @contextmanager
-def _first_use(uri: str) -> Iterator[None]:
-    """Lets one process at a time create the SQLite tables: several at once fail half-way through."""
+def first_use(uri: str) -> Iterator[None]:
+    """Lets one process at a time create the SQLite tables: several at once fail half-way through.
+
+    Args:
+        uri: The tracking address; only that of a SQLite file needs this.
+    """
     if not uri.startswith("sqlite:///"):
         yield
         return

@@ -53,6 +53,32 @@ def test_commands_of_the_pipeline_parse(command: str, tmp_path: Path, monkeypatc
     parse(shlex.split(command)[3:])
 
 
+@pytest.mark.parametrize("command", [text for text in commands() if "flows.evaluate" in text])
+def test_commands_of_the_evaluation_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.evaluate_cli import parse as parse_evaluation
+
+    (tmp_path / "receipts.yaml").write_text(blocks("yaml")[0])
+    monkeypatch.chdir(tmp_path)
+    config, _ = parse_evaluation(shlex.split(command, comments=True)[3:])
+    assert config.subject.path == "runs/latest/adapter"
+
+
+@pytest.mark.parametrize("command", [text for text in commands() if re.search(r"flows\.(compare|promote)", text)])
+def test_commands_on_results_reach_the_store(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows import compare, promote
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "store").mkdir(parents=True)
+    words = shlex.split(command)
+    main = {"flows.compare": compare.main, "flows.promote": promote.main}[words[2]]
+    # The options are understood; what they ask for is not there.
+    assert main(words[3:]) == 2
+    error = capsys.readouterr().err
+    assert any(text in error for text in ("no results yet", "digest starts with", "is not there"))
+
+
 @pytest.mark.parametrize("command", [text for text in commands() if text.startswith("python -m artifacts")])
 def test_commands_of_the_store_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from artifacts.__main__ import main

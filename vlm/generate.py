@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from vlm import progress
 from vlm.config import GenerationConfig
 from vlm.data.prepared import PreparedDataset, PreparedRow
+from vlm.data.splits import SPLITS
 from vlm.errors import DataError, ResourceError
 from vlm.evaluation.predictions import Prediction, PredictionsSummary, write_predictions
 from vlm.lora.attach import attached
@@ -134,6 +136,8 @@ def predict(
 def longest_answer(dataset_dir: Path) -> int:
     """Bound on the length of an answer where none is set: half as much again as the longest of the training rows.
 
+    Where there are no training rows, because a dataset serves evaluation only, it is the longest of all rows.
+
     Without a bound of this kind, a model that has not learnt to end its turn (every untuned one, at first) spends
     minutes on words that cannot be right. Rows that reach it are marked ``length``.
 
@@ -143,7 +147,10 @@ def longest_answer(dataset_dir: Path) -> int:
     Returns:
         A number of tokens; several answers of one conversation count together.
     """
-    longest = PreparedDataset(dataset_dir, "train").num_supervised_tokens.max(initial=1)
+    lengths = PreparedDataset(dataset_dir, "train").num_supervised_tokens
+    if not len(lengths):
+        lengths = np.concatenate([PreparedDataset(dataset_dir, split).num_supervised_tokens for split in SPLITS])
+    longest = lengths.max(initial=1)
     return math.ceil(1.5 * int(longest))
 
 
@@ -254,19 +261,27 @@ def _finish(new: list[int], processing: Processing) -> Answer:
 
 
 def _prediction(row: PreparedRow, answer: Answer) -> Prediction:
-    messages, _ = prompt_of(row)
-    users = [message for message in messages if message["role"] == "user"]
-    words = [part["text"] for part in _parts(users[-1]) if part["type"] == "text"] if users else []
     return Prediction(
         id=row.id,
         group=row.group,
-        prompt="\n".join(words),
+        prompt=words_of_prompt(row),
         target=row.target,
         prediction=answer.text,
         num_new_tokens=answer.num_new_tokens,
         finish_reason="stop" if answer.stopped else "length",
         metadata=row.metadata,
     )
+
+
+def words_of_prompt(row: PreparedRow) -> str:
+    """The text of the last user turn.
+
+    Args:
+        row: A prepared row.
+    """
+    messages, _ = prompt_of(row)
+    users = [message for message in messages if message["role"] == "user"]
+    return "\n".join(part["text"] for part in _parts(users[-1]) if part["type"] == "text") if users else ""
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """Prefect's own server for tests; a flow run here talks to it."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="session")
+def first_run(small_settings: dict[str, Any], prefect_server: None) -> dict[str, Any]:
+    """The summary of a run of the whole pipeline."""
+    from flows.vision_finetune import vision_finetune
+    from vlm.config import RunConfig
+
+    return vision_finetune(RunConfig.model_validate(small_settings))
 
 
 @pytest.fixture(scope="session")

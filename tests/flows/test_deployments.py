@@ -1,4 +1,4 @@
-"""A real server, both deployments, and one run through a process worker."""
+"""A real server, all deployments, and one run through a process worker."""
 
 from __future__ import annotations
 
@@ -82,15 +82,18 @@ def run(command: list[str], environment: dict[str, str], cwd: Path) -> str:
 
 
 @pytest.mark.slow
-def test_both_deploy_and_one_runs_to_completed(server: dict[str, str], tmp_path: Path) -> None:
+def test_all_deploy_and_one_runs_to_completed(server: dict[str, str], tmp_path: Path) -> None:
     run([*PREFECT, "work-pool", "create", "--type", "process", "vision-finetune"], server, tmp_path)
     run([*PREFECT, "--no-prompt", "deploy", "--all"], server, PROJECT)
     url = server["PREFECT_API_URL"]
     deployments = {entry["name"]: entry for entry in post(f"{url}/deployments/filter", {})}
-    assert set(deployments) == {"on-demand", "nightly"}
+    assert set(deployments) == {"on-demand", "nightly", "evaluate"}
     assert deployments["nightly"]["schedules"][0]["schedule"]["cron"] == "30 2 * * *"
     assert deployments["on-demand"]["schedules"] == []
-    for entry in deployments.values():
+    assert deployments["evaluate"]["entrypoint"] == "flows.evaluate.evaluate"
+    assert "What is scored" in json.dumps(deployments["evaluate"]["parameter_openapi_schema"])
+    for name in ("on-demand", "nightly"):
+        entry = deployments[name]
         assert entry["entrypoint"] == "flows.vision_finetune.vision_finetune"
         form = json.dumps(entry["parameter_openapi_schema"])
         assert "Which layers learn" in form
@@ -108,4 +111,4 @@ def test_both_deploy_and_one_runs_to_completed(server: dict[str, str], tmp_path:
     assert len(tasks) == 7
     assert {task["state"]["type"] for task in tasks} == {"COMPLETED"}
     artifacts = post(f"{url}/artifacts/filter", {})
-    assert {"metrics", "summary"} <= {artifact["key"] for artifact in artifacts}
+    assert {"metrics", "summary", "report"} <= {artifact["key"] for artifact in artifacts}

@@ -7,12 +7,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.vision_finetune import vision_finetune
 from tasks.graph import STEPS
@@ -24,15 +23,9 @@ from vlm.config import RunConfig
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _prefect() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
-@pytest.fixture(scope="module")
-def first_run(small_settings: dict[str, Any]) -> dict[str, Any]:
-    return vision_finetune(RunConfig.model_validate(small_settings))
+@pytest.fixture(autouse=True)
+def _prefect(prefect_server: None) -> None:
+    """Every run here talks to the test's server."""
 
 
 def merged(settings: dict[str, Any], **sections: dict[str, Any]) -> RunConfig:

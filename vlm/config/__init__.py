@@ -1,6 +1,7 @@
 """One configuration tree; every default is written here, once."""
 
 from vlm.config.data import BUILTIN_DATASET, BoxConfig, ColumnMapping, DataConfig, SourceConfig, SplitConfig
+from vlm.config.evaluate import EvaluateConfig, SubjectConfig
 from vlm.config.evaluation import EvaluationConfig, ExportConfig, GenerationConfig
 from vlm.config.model import BUILTIN_MODEL, LoraConfig, ModelConfig
 from vlm.config.run import RunConfig, RuntimeConfig, TrackingConfig
@@ -12,6 +13,7 @@ __all__ = [
     "BoxConfig",
     "ColumnMapping",
     "DataConfig",
+    "EvaluateConfig",
     "EvaluationConfig",
     "ExportConfig",
     "GenerationConfig",
@@ -21,6 +23,7 @@ __all__ = [
     "RuntimeConfig",
     "SourceConfig",
     "SplitConfig",
+    "SubjectConfig",
     "TrackingConfig",
     "TrainingConfig",
 ]

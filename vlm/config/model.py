@@ -28,7 +28,8 @@ class ModelConfig(Section):
     )
     quantization: Quantization = Field(
         "auto",
-        description="How linear layers are stored: 4-bit NormalFloat (nf4), LLM.int8(), or none (the precision below)."
+        description="How linear layers are stored: 4-bit NormalFloat (nf4), LLM.int8(), or none (the precision below; a model that"
+        " bitsandbytes quantised already stays as it is)."
         " 'auto' is nf4 on a GPU, where memory is scarce, and none on a CPU, where unpacking costs more than it saves.",
     )
     double_quantization: bool = Field(

@@ -19,6 +19,22 @@ class TrackingConfig(Section):
     enabled: bool = Field(True, description="Log to MLflow.")
     uri: str | None = Field(None, description="MLflow tracking address; None is a SQLite file beside the store.")
     experiment: str = Field("vision-finetune", min_length=1, description="MLflow experiment.")
+    registered_model: str | None = Field(
+        None,
+        min_length=1,
+        pattern=r"^[\w .-]+$",
+        description="Registers every run as a version of this model in MLflow's registry; the alias 'champion' moves to it"
+        " where the leading metric is significantly better on the same rows. None registers nothing.",
+    )
+
+    @model_validator(mode="after")
+    def _registry_is_part_of_tracking(self) -> TrackingConfig:
+        if self.registered_model is not None and not self.enabled:
+            raise ValueError(
+                f"registered_model {self.registered_model!r} has no effect while tracking is off; set tracking.enabled to true"
+                " or drop it"
+            )
+        return self
 
 
 class RuntimeConfig(Section):

@@ -1,40 +1,27 @@
-"""One self-contained HTML page: metrics, loss curve, the worst rows with their pictures, and where it all came from.
+"""One self-contained HTML page: metrics, curves, slices, the worst rows with their pictures, and where it all came from.
 
-No external asset and no script: the page can be mailed, and opens offline. Everything that comes from data goes
-through jinja2's autoescape.
+No external asset: the page can be mailed, and opens offline. Its one script only filters and pages rows, which are all
+there without it; a content policy names that script by its hash and forbids everything else, so that nothing in the
+data can run, on top of jinja2's autoescape.
 """
 
 from __future__ import annotations
 
 import base64
-import difflib
-import io
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from vlm.errors import DataError
+from vlm.evaluation.curves import Chart, charts
 from vlm.evaluation.evaluate import METRICS_FILE, ROWS_FILE
-from vlm.evaluation.loss_curve import LossCurve, loss_curve
-from vlm.families.video import Video
+from vlm.evaluation.report_data import DATA_ID, data_block
+from vlm.evaluation.report_rows import ImageRows, row_kinds, shown_rows
+from vlm.evaluation.verdicts import verdict
 
-MAX_ROWS = 40
-MAX_PICTURE_SIDE_PX = 640
-# difflib is quadratic on texts without much in common; past this the two texts are shown without marks.
-MAX_DIFF_CHARACTERS = 4000
-
-Segments = list[tuple[str, str]]
-
-
-class ImageRows(Protocol):
-    """What the report needs of a prepared split."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-
-    def __getitem__(self, index: int, /) -> Any:
-        """A row with `id` and `images`."""
+REPORT_FILE = "report.html"
 
 
 def render_report(
@@ -44,6 +31,7 @@ def render_report(
     output_dir: Path,
     rows: ImageRows | None = None,
     training_dir: Path | None = None,
+    plan: Mapping[str, Any] | None = None,
     ledger: Mapping[str, int] | None = None,
     configuration: Mapping[str, Any] | None = None,
     provenance: Mapping[str, str] | None = None,
@@ -53,9 +41,10 @@ def render_report(
     Args:
         title: Heading of the page.
         metrics_dir: What ``evaluate_predictions`` wrote.
-        output_dir: An existing folder.
+        output_dir: Receives the page; made if it is not there.
         rows: The evaluated split, for its pictures; rows are matched by position and checked by id.
-        training_dir: Folder with ``metrics.jsonl``, for the loss curve.
+        training_dir: Folder with ``metrics.jsonl``, for the curves, and ``training.json``.
+        plan: Content of ``plan.json``.
         ledger: Count of dropped or changed rows by reason.
         configuration: The run's configuration as plain values.
         provenance: Versions and digests by name.
@@ -78,108 +67,151 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    script = _beside("report.js")
+    shown = shown_rows(scored, rows, metrics)
     page = environment.get_template("report.html.j2").render(
         title=title,
+        style=_raw(_beside("report.css")),
+        script=_raw(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        data_id=DATA_ID,
+        data=_raw(data_block(metrics, provenance or {})),
         metrics=metrics,
-        worst=[
-            _shown_row(scored[position], position, rows, metrics)
-            for position in worst_first(scored, metrics)[:MAX_ROWS]
-        ],
+        has_base=any("base" in row for row in scored),
+        verdicts={name: verdict(entry) for name, entry in metrics["metrics"].items()},
+        slices=slice_tables(metrics),
+        failures=failure_counts(metrics, scored),
+        worst=shown,
+        kinds=sorted({kind for row in shown for kind in row["kinds"]}),
         num_scored=len(scored),
-        curve=_curve(training_dir),
+        charts=_charts(training_dir),
+        facts=_facts(training_dir, plan),
         ledger=dict(ledger or {}),
         configuration=json.dumps(configuration, indent=2, sort_keys=True, ensure_ascii=False) if configuration else "",
         provenance=dict(provenance or {}),
     )
     output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / "report.html"
+    path = output_dir / REPORT_FILE
     path.write_text(page, encoding="utf-8", newline="\n")
     return path
 
 
-def worst_first(scored: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[int]:
-    """Orders rows by the leading metric of the tuned model.
+def slice_tables(metrics: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The slices of ``metrics.json`` as table rows.
 
     Args:
-        scored: The rows of ``rows.jsonl``.
-        metrics: The content of ``metrics.json``.
+        metrics: Its content; without `slices` there are none.
 
     Returns:
-        Positions in `scored`, worst first, ties in row order.
+        By column, one entry per value with `value`, `num_rows`, and `cells`: per metric the tuned and the base model's
+        figure, None where there is none. Largest slices first.
     """
-    name, entry = next(iter(metrics["metrics"].items()))
-    sign = -1 if entry["better"] == "lower" else 1
-    return sorted(range(len(scored)), key=lambda position: (sign * scored[position]["tuned"][name], position))
+    tables = {}
+    for column, values in metrics.get("slices", {}).items():
+        entries = [
+            {
+                "value": name,
+                "num_rows": figures["num_rows"],
+                "cells": [_both(figures.get(metric)) for metric in metrics["metrics"]],
+            }
+            for name, figures in values.items()
+        ]
+        tables[column] = sorted(entries, key=lambda entry: -entry["num_rows"])
+    return tables
 
 
-def text_difference(target: str, prediction: str) -> Segments:
-    """Aligns a prediction with its target, character by character.
+def failure_counts(
+    metrics: Mapping[str, Any], scored: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, float | None, float | None]]:
+    """How many answers failed in which way.
 
     Args:
-        target: Expected text.
-        prediction: Generated text.
+        metrics: Content of ``metrics.json``; its `failures` count.
+        scored: The rows of ``rows.jsonl``, counted where there are no `failures`.
 
     Returns:
-        Pairs ``(kind, text)`` with kind ``same``, ``missing`` (in the target only) or ``extra`` (in the prediction
-        only). The texts of ``same`` and ``extra`` together spell the prediction.
+        Kind, number of the tuned model's and of the base model's answers (None where unknown); most frequent first, none that never happened.
     """
-    if max(len(target), len(prediction)) > MAX_DIFF_CHARACTERS:
-        return [("same", prediction)]
-    segments: Segments = []
-    for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, target, prediction, autojunk=False).get_opcodes():
-        if kind == "equal":
-            segments.append(("same", prediction[b0:b1]))
-            continue
-        if a1 > a0:
-            segments.append(("missing", target[a0:a1]))
-        if b1 > b0:
-            segments.append(("extra", prediction[b0:b1]))
-    return segments
+    failures = metrics.get("failures")
+    if failures is None:
+        models = [who for who in ("tuned", "base") if any(who in row for row in scored)]
+        counts = {
+            who: Counter(kind for row in scored for kind in row_kinds(row, who) if kind not in ("right", "wrong"))
+            for who in models
+        }
+        failures = {kind: {who: counts[who][kind] for who in models} for kind in set().union(*counts.values())}
+    if set(failures) & {"tuned", "base"}:
+        tuned, base = (failures.get(who) or {} for who in ("tuned", "base"))
+        failures = {
+            kind: {"tuned": tuned.get(kind, 0), "base": base.get(kind, 0) if base else None} for kind in tuned | base
+        }
+    counted = [(kind, *_both(count)) for kind, count in failures.items()]
+    counted = [entry for entry in counted if entry[1] or entry[2]]
+    return sorted(counted, key=lambda entry: (-(entry[1] or 0), entry[0]))
 
 
-def _shown_row(
-    row: Mapping[str, Any], position: int, rows: ImageRows | None, metrics: Mapping[str, Any]
-) -> dict[str, Any]:
-    pictures = []
-    if rows is not None:
-        source = rows[position] if position < len(rows) else None
-        if source is None or source.id != row["id"]:
-            found = "nothing" if source is None else repr(source.id)
-            raise DataError(
-                f"row {position} of the metrics is {row['id']!r} but the dataset has {found} there;"
-                " give the report the dataset that the predictions were made from"
-            )
-        # Of a video, the first frame.
-        pictures = [_data_uri(image.frames[0] if isinstance(image, Video) else image) for image in source.images]
-    answers = []
-    for who, label in (("tuned", "Tuned model"), ("base", "Base model")):
-        if who in row:
-            answers.append(
-                {
-                    "label": label,
-                    "segments": text_difference(row["target"], row[who]["prediction"]),
-                    "cut": row[who]["finish_reason"] == "length",
-                    "values_shown": [
-                        (metrics["metrics"][name]["title"], row[who][name]) for name in metrics["metrics"]
-                    ],
-                }
-            )
-    return {"id": row["id"], "target": row["target"], "pictures": pictures, "answers": answers}
+def _both(figure: Any) -> tuple[float | None, float | None]:
+    """Tuned and base figure of an entry that is a number, ``{"value": …}``, or holds one of these per model."""
+    if not isinstance(figure, Mapping):
+        return figure, None
+    if "value" in figure:
+        base = figure.get("base")
+        return figure["value"], _both(base)[0]
+    return _both(figure.get("tuned"))[0], _both(figure.get("base"))[0]
 
 
-def _data_uri(pixels: Any) -> dict[str, Any]:
-    from PIL import Image
-
-    image = Image.fromarray(pixels)
-    image.thumbnail((MAX_PICTURE_SIDE_PX, MAX_PICTURE_SIDE_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"uri": f"data:image/png;base64,{encoded}", "width": image.width, "height": image.height}
-
-
-def _curve(training_dir: Path | None) -> LossCurve | None:
+def _charts(training_dir: Path | None) -> list[Chart]:
     if training_dir is None:
-        return None
+        return []
     with (training_dir / "metrics.jsonl").open(encoding="utf-8") as handle:
-        return loss_curve([json.loads(line) for line in handle])
+        return charts([json.loads(line) for line in handle])
+
+
+def _facts(training_dir: Path | None, plan: Mapping[str, Any] | None) -> dict[str, dict[str, str]]:
+    """Tables of single facts by heading."""
+    found = {}
+    if training_dir is not None and (training_dir / "training.json").is_file():
+        found["Training"] = _flat(json.loads((training_dir / "training.json").read_text(encoding="utf-8")))
+    if plan:
+        found["Plan"] = _flat(plan)
+    return found
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    leaves: dict[str, str] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= _flat(value, f"{prefix}{_words(name)}: ")
+        elif value is not None:
+            leaves[f"{prefix}{_words(name)}"] = _quantity(name, value)
+    return leaves
+
+
+def _words(name: str) -> str:
+    for start, full in (("num_", "number of "),):
+        if name.startswith(start):
+            name = full + name.removeprefix(start)
+    return name.removesuffix("_bytes").replace("_", " ")
+
+
+def _quantity(name: str, value: Any) -> str:
+    if name.endswith("_bytes") and isinstance(value, int | float):
+        return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.2f} MB"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if name == "image_sizes":
+        return ", ".join(f"{height} × {width} pixels" for height, width in value)
+    return str(value)
+
+
+def _beside(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _raw(text: str) -> Any:
+    """Text of our own that jinja2 shall not escape."""
+    import markupsafe
+
+    return markupsafe.Markup(text)

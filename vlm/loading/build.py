@@ -103,16 +103,19 @@ def _build(
         expert_parameters,
         is_quantized,
         quantization_config,
+        stored_quantization,
         unquantized_modules,
     )
 
     raw_config = read_json(source / "config.json")
     family = family_for_config(raw_config)
     method = is_quantized(raw_config)
-    if method is not None:
+    stored = stored_quantization(raw_config)
+    if method is not None and (stored is None or settings.quantization != "none"):
+        remedy = "" if stored is None else ", or set model.quantization to 'none' to take it as it is stored"
         raise ModelError(
             f"model.name {settings.name!r} is quantised already ({method}), and quantising starts from 16-bit weights;"
-            " give the original model"
+            f" give the original model{remedy}"
         )
     check_weights(source)
     processing = Processing.from_dir(source)
@@ -134,13 +137,15 @@ def _build(
     summary = CheckpointSummary(
         family=family.model_type,
         source=source_name,
-        quantization=settings.quantization,
-        double_quantization=settings.double_quantization and settings.quantization == "nf4",
+        quantization=settings.quantization if stored is None else stored[0],
+        double_quantization=(settings.double_quantization and settings.quantization == "nf4")
+        if stored is None
+        else stored[1],
         keep_unquantized=tuple(sorted(settings.keep_unquantized)) if quantization is not None else (),
         dtype=dtype,
         num_parameters=sum(parameter.numel() for parameter in bare.parameters()),
         num_quantized_modules=_num_quantized(model),
-        unquantized_experts=tuple(expert_parameters(bare, family)) if quantization is not None else (),
+        unquantized_experts=tuple(expert_parameters(bare, family)) if quantization or stored else (),
     )
     text = json.dumps(summary.to_json(), indent=2, sort_keys=True)
     (output_dir / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")

@@ -124,3 +124,22 @@ def is_quantized(config: Mapping[str, Any]) -> str | None:
     """Method with which a checkpoint is quantised already, by its `config.json`; None if it is not."""
     section = config.get("quantization_config")
     return str(section.get("quant_method", "unknown")) if isinstance(section, Mapping) else None
+
+
+def stored_quantization(config: Mapping[str, Any]) -> tuple[str, bool] | None:
+    """What a checkpoint is quantised to, where that is a form of ours.
+
+    Args:
+        config: Its `config.json`.
+
+    Returns:
+        ``"nf4"`` or ``"int8"``, and whether the block scales are quantised too; None for anything else.
+    """
+    if is_quantized(config) != "bitsandbytes":
+        return None
+    section = config["quantization_config"]
+    if section.get("load_in_8bit"):
+        return "int8", False
+    if section.get("load_in_4bit") and section.get("bnb_4bit_quant_type") == "nf4":
+        return "nf4", bool(section.get("bnb_4bit_use_double_quant"))
+    return None

@@ -221,3 +221,29 @@ class TestCannotBeUsed:
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps({**config, "image_token_id": 5}))
         self.refused(source, tmp_path, r"image token 5, the tokenizer's '<\|image_pad\|>' is 1022")
+
+    def test_quantised_already_in_a_form_of_ours(self, source: Path, tmp_path: Path) -> None:
+        config = json.loads((source / "config.json").read_text())
+        section = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        (source / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
+        settings = ModelConfig(name=str(source), quantization="nf4")
+        with pytest.raises(ModelError, match=r"set model\.quantization to 'none' to take it as it is stored"):
+            build_checkpoint(settings, tmp_path / "out", device="cpu", dtype="float32")
+
+
+def test_a_quantised_model_stays_as_it_is_stored(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from tests.support.tiny_runs import make_checkpoint
+
+    made = make_checkpoint("qwen2_vl", tmp_path, "nf4")
+    folder = tmp_path / "as exported"
+    shutil.copytree(made / "model", folder)
+    shutil.copytree(made / "processor", folder, dirs_exist_ok=True)
+    settings = ModelConfig(name=str(folder), quantization="none", precision="float32")
+    summary = build_checkpoint(settings, tmp_path / "out", device="cpu", dtype="float32")
+    assert (summary.quantization, summary.double_quantization) == ("nf4", True)
+    assert summary.num_quantized_modules > 0
+    before, after = (load_file(path / "model" / "model.safetensors") for path in (made, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)

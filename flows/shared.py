@@ -1,0 +1,50 @@
+"""What the flows share: repeating after damage, and what the Prefect UI shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from prefect import State, get_run_logger
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from artifacts.errors import CorruptObjectError, NotFoundError
+from tasks.graph import Json
+from tasks.summary import format_summary, metric_rows, report_markdown
+
+R = TypeVar("R")
+
+
+def run_mending(run_steps: Callable[[], R], num_attempts: int = 3) -> R:
+    """Runs steps, and again when an artifact proved damaged while it was read.
+
+    The store has removed the damaged part by then, so the step that made it runs anew and all others are cached.
+
+    Args:
+        run_steps: Runs all of them.
+        num_attempts: How often at most.
+    """
+    for attempt in range(1, num_attempts + 1):
+        try:
+            return run_steps()
+        except (CorruptObjectError, NotFoundError) as error:
+            if attempt == num_attempts:
+                raise
+            get_run_logger().warning("%s Making it again.", error)
+    raise AssertionError("unreachable")
+
+
+def value_of(state: State[Any]) -> Any:
+    """What a step returned, or the error it ended in."""
+    return state.result()
+
+
+def publish_to_prefect(summary: Json) -> None:
+    """Shows metrics and the last lines on the run's page in the Prefect UI.
+
+    Args:
+        summary: Of the finished run.
+    """
+    create_table_artifact(metric_rows(summary), key="metrics", description="Tuned and base model on held-out rows")
+    create_markdown_artifact(f"```text\n{format_summary(summary)}\n```", key="summary", description="Last lines")
+    create_markdown_artifact(report_markdown(summary), key="report", description="The report in short")
