@@ -16,7 +16,7 @@ class ExportSummary(Summary):
     """What was written."""
 
     type: str
-    """``lora`` or ``merged_16bit``."""
+    """Of `ExportType`."""
     num_adapted_modules: int
     """Adapted modules in the adapter; in a merged model, all of them are merged."""
     num_files: int
@@ -38,7 +38,7 @@ def export(
     """Writes an export.
 
     Args:
-        kind: ``lora`` or ``merged_16bit``.
+        kind: Of `ExportType`.
         checkpoint_dir: Base model.
         adapter_dir: Trained adapter.
         output_dir: Receives the files; made if it is not there.
@@ -62,6 +62,18 @@ def export(
 
         num_modules = export_merged_16bit(
             checkpoint_dir, adapter_dir, output_dir, max_shard_size_mb=max_shard_size_mb, device=device, metrics=metrics
+        )
+    elif kind == "merged_4bit" or kind == "merged_8bit":
+        from vlm.export.quantized import export_quantized
+
+        num_modules = export_quantized(
+            4 if kind == "merged_4bit" else 8,
+            checkpoint_dir,
+            adapter_dir,
+            output_dir,
+            max_shard_size_mb=max_shard_size_mb,
+            device=device,
+            metrics=metrics,
         )
     else:
         assert_never(kind)

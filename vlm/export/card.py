@@ -46,6 +46,7 @@ def model_card(
         "pipeline_tag: image-text-to-text",
         "tags:",
         "- lora" if kind == "lora" else "- full-finetuning" if full else "- merged",
+        *([f"- {kind.replace('_', '-')}"] if kind in ("merged_4bit", "merged_8bit") else []),
         "---",
         "",
         f"# {'LoRA adapter for' if kind == 'lora' else 'Fine-tuned'} {base}",
