@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
-from vlm.config.evaluation import ExportType
+from vlm.config.evaluation import ExportType, GgufType
 from vlm.summary import Summary
 
 
@@ -33,6 +33,7 @@ def export(
     *,
     max_shard_size_mb: int,
     device: str,
+    gguf_type: GgufType = "q8_0",
     metrics: Mapping[str, Any] | None = None,
 ) -> ExportSummary:
     """Writes an export.
@@ -44,6 +45,7 @@ def export(
         output_dir: Receives the files; made if it is not there.
         max_shard_size_mb: Largest file of a merged model, in 10^6 bytes.
         device: ``cpu`` or ``cuda``, where weights are merged.
+        gguf_type: How a GGUF file stores the language model's matrices.
         metrics: Content of ``metrics.json`` for the model card, if wanted.
 
     Returns:
@@ -74,6 +76,12 @@ def export(
             max_shard_size_mb=max_shard_size_mb,
             device=device,
             metrics=metrics,
+        )
+    elif kind == "gguf":
+        from vlm.export.gguf import export_gguf
+
+        num_modules = export_gguf(
+            checkpoint_dir, adapter_dir, output_dir, gguf_type=gguf_type, device=device, metrics=metrics
         )
     else:
         assert_never(kind)

@@ -111,6 +111,16 @@ class MergedModel:
         """Full name of the language-model head's weight."""
         return self._name_of(self.bare.get_output_embeddings())
 
+    def names(self) -> list[str]:
+        """Full names of all weights, in the order of `groups`."""
+        return [name for group in self._layout_groups() for name in group]
+
+    def _layout_groups(self) -> list[tuple[str, ...]]:
+        from vlm.loading.stored_names import hub_groups
+
+        tied = {self.head_name} if self.tied else set()
+        return [group for group in hub_groups(self.bare) if not set(group) <= tied]
+
     def groups(self) -> Iterator[MergedGroup]:
         """All weights, merged.
 
@@ -159,7 +169,8 @@ class MergedModel:
                 images = self._merge(tensors)
                 merged.update(_target_of(name) for name in group if _target_of(name) in self._factors)
                 yield MergedGroup(tensors, images)
-        assert merged == set(self._factors) and replaced == set(self._whole)
+        assert merged == set(self._factors)
+        assert replaced == set(self._whole)
 
     def write_surroundings(
         self,

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlm.families.gguf import GgufLayout
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -92,6 +94,7 @@ class Family:
             stay plain characters there.
         cut_before_answers: Whether an answer is tokenised by itself, as generation does: for layouts in which nothing
             stands between a question and its answer, so that a token could reach over both.
+        gguf: How llama.cpp names its parts; None where it does not run the family, or that is not written here.
         generation_defaults: Generation settings for checkpoints without `generation_config.json`.
     """
 
@@ -127,6 +130,7 @@ class Family:
     chat_template: str | None = None
     markup_tokens: tuple[str, ...] = ()
     cut_before_answers: bool = False
+    gguf: GgufLayout | None = None
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def part_of(self, name: str) -> PartName | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlm.families import pixtral_media
 from vlm.families.family import Family
+from vlm.families.gguf import PIXTRAL_GGUF
 
 PIXTRAL = Family(
     model_type="pixtral",
@@ -33,4 +34,5 @@ PIXTRAL = Family(
     image_layout=pixtral_media.image_layout,
     pixel_inputs=pixtral_media.pixel_inputs,
     token_inputs=pixtral_media.token_inputs,
+    gguf=PIXTRAL_GGUF,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from vlm.families.gguf import QWEN2_5_VL_GGUF
 from vlm.families.qwen2_vl import QWEN2_VL
 
 QWEN2_5_VL = dataclasses.replace(
@@ -14,4 +15,5 @@ QWEN2_5_VL = dataclasses.replace(
     config_types=("qwen2_5_vl",),
     model_class="Qwen2_5_VLForConditionalGeneration",
     vision_mlp=r"model\.visual\.blocks\.\d+\.mlp\.(gate|up|down)_proj",
+    gguf=QWEN2_5_VL_GGUF,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlm.families import qwen_media
 from vlm.families.family import Family
+from vlm.families.gguf import QWEN2_VL_GGUF
 
 QWEN2_VL = Family(
     model_type="qwen2_vl",
@@ -32,4 +33,5 @@ QWEN2_VL = Family(
     image_layout=qwen_media.image_layout,
     pixel_inputs=qwen_media.pixel_inputs,
     token_inputs=qwen_media.token_inputs,
+    gguf=QWEN2_VL_GGUF,
 )
