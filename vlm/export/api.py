@@ -78,7 +78,7 @@ def export(
             metrics=metrics,
         )
     elif kind == "gguf":
-        from vlm.export.gguf import export_gguf
+        from vlm.export.gguf.write import export_gguf
 
         num_modules = export_gguf(
             checkpoint_dir, adapter_dir, output_dir, gguf_type=gguf_type, device=device, metrics=metrics

@@ -59,8 +59,9 @@ class Reference(Summary):
         Args:
             reference_dir: What `make_reference` wrote.
         """
-        content = json.loads((reference_dir / DESCRIPTION_FILE).read_text(encoding="utf-8"))
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+        content: dict[str, Any] = json.loads((reference_dir / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        lists = {name: tuple(content[name]) for name in ("ids", "targets", "answers")}
+        return cls(**{**content, **lists})
 
 
 def make_reference(

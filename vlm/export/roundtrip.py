@@ -172,7 +172,9 @@ def main(arguments: list[str]) -> int:
     """
     request_path, result_path = map(Path, arguments)
     try:
-        result = {"measured": asdict(measure(Request(**json.loads(request_path.read_text(encoding="utf-8")))))}
+        result: dict[str, Any] = {
+            "measured": asdict(measure(Request(**json.loads(request_path.read_text(encoding="utf-8")))))
+        }
     except (VlmError, OSError, ValueError, RuntimeError) as error:
         result = {"error": f"{type(error).__name__}: {error}"}
     result_path.write_text(json.dumps(result), encoding="utf-8")

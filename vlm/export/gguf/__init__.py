@@ -1,6 +1,1 @@
-"""Export ``gguf``: files for llama.cpp and Ollama."""
-
-from vlm.export.gguf.support import check_supported
-from vlm.export.gguf.write import export_gguf
-
-__all__ = ["check_supported", "export_gguf"]
+"""Export ``gguf``: files for llama.cpp and Ollama (`vlm.export.gguf.write`), if they can be (`vlm.export.gguf.support`)."""

@@ -6,6 +6,8 @@ marks in the place of words; what stands around the marks is the template.
 
 from __future__ import annotations
 
+from typing import Any
+
 from vlm.errors import DataError
 from vlm.export.gguf.metadata import puts_bos
 from vlm.processing import Processing
@@ -25,9 +27,9 @@ def modelfile(processing: Processing, language_file: str, vision_file: str) -> s
         language_file: Name of the language model's file.
         vision_file: Name of the mmproj file.
     """
-    user = {"role": "user", "content": [{"type": "text", "text": _PROMPT}]}
-    system = {"role": "system", "content": [{"type": "text", "text": _SYSTEM}]}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
+    user: dict[str, Any] = {"role": "user", "content": [{"type": "text", "text": _PROMPT}]}
+    system: dict[str, Any] = {"role": "system", "content": [{"type": "text", "text": _SYSTEM}]}
+    answer: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
     asked = _render(processing, [user], add_generation_prompt=True)
     template = asked.replace(_PROMPT, "{{ .Prompt }}") + "{{ .Response }}"
     before, _, _ = asked.partition(_PROMPT)
@@ -38,7 +40,10 @@ def modelfile(processing: Processing, language_file: str, vision_file: str) -> s
     if _SYSTEM in with_system:
         rest = template.removeprefix(before)
         chosen = with_system.replace(_SYSTEM, "{{ .System }}")
-        template = f"{{{{ if .System }}}}{chosen}{{{{ else }}}}{before}{{{{ end }}}}{rest}"
+        if chosen.endswith(before):
+            template = f"{{{{ if .System }}}}{chosen.removesuffix(before)}{{{{ end }}}}{before}{rest}"
+        else:  # without a system turn, the chat template puts something in its place
+            template = f"{{{{ if .System }}}}{chosen}{{{{ else }}}}{before}{{{{ end }}}}{rest}"
     _, _, end = _render(processing, [user, answer]).partition(_ANSWER)
     lines = [
         f"FROM ./{language_file}",
@@ -52,7 +57,7 @@ def modelfile(processing: Processing, language_file: str, vision_file: str) -> s
     return "\n".join(lines) + "\n"
 
 
-def _render(processing: Processing, messages: list[dict[str, object]], *, add_generation_prompt: bool = False) -> str:
+def _render(processing: Processing, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
     text = processing.render(messages, add_generation_prompt)
     # Whoever runs the model puts this token there.
     return text.removeprefix(processing.tokenizer.bos_token) if puts_bos(processing) else text
