@@ -148,6 +148,7 @@ def _quantize(
         return stored, rows.float() * (row_maximum.float() / 127)[:, None]
     packed, state = functional.quantize_4bit(weight.contiguous(), compress_statistics=double, quant_type="nf4")
     stored = {f"{module}.weight.{ending}": tensor for ending, tensor in state.as_dict(packed=True).items()}
+    state.dtype = torch.float32  # of what is read here, not of what is on record
     return {f"{module}.weight": packed, **stored}, functional.dequantize_4bit(packed, quant_state=state).float()
 
 

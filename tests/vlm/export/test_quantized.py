@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from tests.support.tiny_models import TINY
 from tests.vlm.export.test_export import PLAIN, RICH, logits_alone, make_adapter, make_fully_trained, run_export
 from vlm.config import LoraConfig
 from vlm.errors import ExportError
+from vlm.export import export
 from vlm.families import FAMILIES
 
 KINDS: dict[int, Literal["merged_4bit", "merged_8bit"]] = {4: "merged_4bit", 8: "merged_8bit"}
@@ -77,6 +79,39 @@ def test_it_is_what_transformers_makes_of_the_merged_model(
     assert weights == (
         set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     )
+
+
+def test_16_bit_models_are_quantised_from_16_bit_weights(tiny_run: Callable, tmp_path: Path) -> None:
+    """Without a forward pass, which many CPUs do not have in bfloat16."""
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    run = tiny_run("qwen2_vl")
+    adapter = make_adapter(run, tmp_path / "adapter", PLAIN)
+    shutil.copytree(run.checkpoint_dir, tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+    for kind in ("merged_16bit", *KINDS.values(), "gguf"):
+        export(kind, tmp_path / "checkpoint", adapter, tmp_path / kind, max_shard_size_mb=1, device="cpu")
+    for bits, kind in KINDS.items():
+        skipped = json.loads((tmp_path / kind / "config.json").read_text())["quantization_config"]
+        assert skipped["bnb_4bit_compute_dtype"] == ("bfloat16" if bits == 4 else "float32")
+        config = BitsAndBytesConfig(
+            load_in_4bit=bits == 4,
+            load_in_8bit=bits == 8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            llm_int8_skip_modules=skipped["llm_int8_skip_modules"],
+        )
+        expected = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "merged_16bit",
+            dtype=torch.bfloat16,
+            quantization_config=config,
+            device_map={"": "cpu"},
+            local_files_only=True,
+        ).state_dict()
+        found = plain_load(tmp_path / kind).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_quantising_after_the_merge_keeps_the_update(tiny_run: Callable, tmp_path: Path) -> None:
