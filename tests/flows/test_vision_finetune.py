@@ -65,7 +65,10 @@ def test_all_seven_steps_run(first_run: dict[str, Any], small_settings: dict[str
 
 
 def test_full_finetuning_runs_through(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
-    full = {"lora": {"full_finetuning": ["projector", "language"], "rank": 16}, "export": {"types": ["merged_16bit"]}}
+    full = {
+        "lora": {"full_finetuning": ["projector", "language"], "rank": 16},
+        "export": {"types": ["merged_16bit"], "verify": False},
+    }
     config = RunConfig.model_validate(small_settings | full)
     summary = vision_finetune(config)
     assert "prepare_dataset" not in ran(summary)
