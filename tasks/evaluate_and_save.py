@@ -1,4 +1,4 @@
-"""Step 7: metrics, the report page, and one export per asked-for type."""
+"""Step 7: metrics, the report page, and one verified export per asked-for type."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from artifacts.refs import ArtifactRef
 from tasks.delivery import deliver
-from tasks.graph import Json
+from tasks.graph import Json, export_unit, is_verified_by_loading
 from tasks.inference_mode import Predicted
+from tasks.models import held_model
 from tasks.registry import Candidate, register, source_of
 from tasks.session import Session, package_versions
 from tasks.step import finish, step
@@ -42,8 +43,11 @@ def evaluate_and_save(
     refs = {"metrics": metrics, "training": trained.training, "dataset": dataset, "plan": plan}
     report = save_report(session, f"{Path(session.config.model.name).name}: fine-tuning report", refs)
     exports = {}
+    inputs = {"checkpoint": checkpoint, "adapter": trained.adapter}
+    if is_verified_by_loading(session.config):
+        inputs |= {"dataset": dataset, "reference": _reference(session, checkpoint, dataset, trained.adapter)}
     for kind in session.config.export.types:
-        exports[kind] = _export(session, kind, checkpoint, trained.adapter)
+        exports[kind] = _export(session, kind, {name: inputs[name] for name in session.unit(export_unit(kind)).inputs})
         if session.config.export.destination is not None:
             deliver(session, exports[kind], f"{session.config.export.destination.rstrip('/')}/{kind}")
     registered = None
@@ -116,18 +120,50 @@ def save_report(session: Session, title: str, refs: Mapping[str, ArtifactRef]) -
     return session.run("evaluate_and_save.report", refs, build).outputs["report"]
 
 
-def _export(session: Session, kind: ExportType, checkpoint: ArtifactRef, adapter: ArtifactRef) -> ArtifactRef:
+def _reference(session: Session, checkpoint: ArtifactRef, dataset: ArtifactRef, adapter: ArtifactRef) -> ArtifactRef:
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
-        from vlm.export import export
+        from vlm.export.reference import make_reference
 
-        return export(
+        return make_reference(
+            held_model(session, checkpoint),
+            inputs["adapter"],
+            inputs["dataset"],
+            session.config.generation,
+            session.config.export.verify_rows,
+            stage / "reference",
+        ).to_json()
+
+    inputs = {"checkpoint": checkpoint, "dataset": dataset, "adapter": adapter}
+    return session.run("evaluate_and_save.reference", inputs, build).outputs["reference"]
+
+
+def _export(session: Session, kind: ExportType, refs: Mapping[str, ArtifactRef]) -> ArtifactRef:
+    def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
+        from vlm.export import export, verify_export
+        from vlm.loading.holder import release
+
+        config, device = session.config, session.resolved.device
+        summary = export(
             kind,
             inputs["checkpoint"],
             inputs["adapter"],
             stage / "export",
-            max_shard_size_mb=session.config.export.max_shard_size_mb,
-            device=session.resolved.device,
+            max_shard_size_mb=config.export.max_shard_size_mb,
+            gguf_type=config.export.gguf_type,
+            device=device,
         ).to_json()
+        if "reference" not in inputs:
+            return summary
+        release()  # the fresh process needs the memory
+        verification = verify_export(
+            kind,
+            stage / "export",
+            inputs["checkpoint"],
+            inputs["dataset"],
+            inputs["reference"],
+            config.evaluation,
+            device=device,
+        )
+        return summary | {"verification": verification.to_json()}
 
-    inputs = {"checkpoint": checkpoint, "adapter": adapter}
-    return session.run(f"evaluate_and_save.export.{kind}", inputs, build).outputs["export"]
+    return session.run(export_unit(kind), refs, build).outputs["export"]

@@ -89,6 +89,7 @@ TRAINING = Input("train", "training")
 TUNED = Input("inference_mode.tuned", "predictions")
 BASE = Input("inference_mode.base", "predictions")
 METRICS = Input("evaluate_and_save.metrics", "metrics")
+REFERENCE = Input("evaluate_and_save.reference", "reference")
 
 
 def _model_settings(run: Resolved) -> Json:
@@ -151,11 +152,39 @@ def _report_settings(run: Resolved) -> Json:
     return run.config.model_dump(mode="json", exclude={"runtime", "tracking", "export"})
 
 
+def _reference_settings(run: Resolved) -> Json:
+    settings = {name: getattr(run.config.generation, name) for name in ("split", "max_new_tokens")}
+    return settings | {
+        "num_rows": run.config.export.verify_rows,
+        "device": run.device,
+        "precision": run.precision,
+    }
+
+
 def _export_settings(kind: ExportType) -> Callable[[Resolved], Json]:
     def settings(run: Resolved) -> Json:
-        return {"type": kind} | ({} if kind == "lora" else {"max_shard_size_mb": run.config.export.max_shard_size_mb})
+        found: Json = {"type": kind}
+        if kind == "gguf":
+            found["gguf_type"] = run.config.export.gguf_type
+        elif kind != "lora":
+            found["max_shard_size_mb"] = run.config.export.max_shard_size_mb
+        if run.config.export.verify and kind != "gguf":
+            # The leading metric is compared, under its normalisation.
+            evaluation = run.config.evaluation.model_dump(mode="json")
+            found["verify"] = evaluation | {"metrics": evaluation["metrics"][:1]}
+        return found
 
     return settings
+
+
+def export_unit(kind: ExportType) -> str:
+    """Name of the unit that makes an export."""
+    return f"evaluate_and_save.export.{kind}"
+
+
+def is_verified_by_loading(config: RunConfig) -> bool:
+    """Whether any export is loaded again; GGUF files are compared tensor by tensor as they are written."""
+    return config.export.verify and any(kind != "gguf" for kind in config.export.types)
 
 
 def units_for(config: RunConfig) -> tuple[Unit, ...]:
@@ -235,14 +264,26 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             {"metrics": METRICS, "training": TRAINING, "dataset": DATASET, "plan": PLAN},
         ),
     ]
-    units += [
-        Unit(
-            f"evaluate_and_save.export.{kind}",
-            ("export",),
-            ("vlm.export",),
-            _export_settings(kind),
-            {"checkpoint": CHECKPOINT, "adapter": TRAINED_ADAPTER},
+    trained = {"checkpoint": CHECKPOINT, "adapter": TRAINED_ADAPTER}
+    if is_verified_by_loading(config):
+        units.append(
+            Unit(
+                "evaluate_and_save.reference",
+                ("reference",),
+                ("vlm.export.reference", *generation),
+                _reference_settings,
+                {"checkpoint": CHECKPOINT, "dataset": DATASET, "adapter": TRAINED_ADAPTER},
+            )
         )
-        for kind in config.export.types
-    ]
+    for kind in config.export.types:
+        verified = config.export.verify and kind != "gguf"
+        units.append(
+            Unit(
+                export_unit(kind),
+                ("export",),
+                ("vlm.export", "vlm.export.roundtrip") if verified else ("vlm.export",),
+                _export_settings(kind),
+                trained | ({"dataset": DATASET, "reference": REFERENCE} if verified else {}),
+            )
+        )
     return tuple(units)

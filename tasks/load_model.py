@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,4 +23,11 @@ def load_model(session: Session) -> ArtifactRef:
         return build_checkpoint(session.model, stage / "checkpoint", device=run.device, dtype=run.precision).to_json()
 
     result = session.run("load_model", {}, build)
-    return finish(session, "load_model", result.outputs["checkpoint"])
+    checkpoint = result.outputs["checkpoint"]
+    if "gguf" in session.config.export.types:
+        from vlm.export.gguf.support import check_supported
+        from vlm.families import family_by_name
+
+        description = json.loads(session.store.read_text(checkpoint, "checkpoint.json"))
+        check_supported(family_by_name(description["family"]))
+    return finish(session, "load_model", checkpoint)

@@ -70,6 +70,15 @@ def check_inputs(session: Session) -> None:
         VlmError: What is wrong, and the remedy.
     """
     session.check_sources()
+    if "gguf" in session.config.export.types:
+        from vlm.export.gguf.support import check_supported
+        from vlm.families import family_for_config
+        from vlm.loading.source import local_folder
+        from vlm.processing.files import read_json
+
+        folder = local_folder(session.model)
+        if folder is not None:  # of a model on the Hub, the family shows after step 1
+            check_supported(family_for_config(read_json(folder / "config.json")))
     prepared = next(entry for entry in plan_run(session) if entry.unit == "prepare_dataset")
     if prepared.status != HIT:
         from vlm.data.check import check_sources

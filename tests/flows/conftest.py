@@ -39,5 +39,6 @@ def settings_on(store: Path) -> dict[str, Any]:
         "lora": {"rank": 4},
         "training": {"max_steps": 3, "gradient_accumulation": 1, "log_every_steps": 1},
         "generation": {"max_new_tokens": 12, "max_rows": 4},
+        "export": {"verify": False},  # a process that loads torch anew, for every export: one test does it
         "runtime": {"store": str(store)},
     }

@@ -58,7 +58,10 @@ def test_all_seven_steps_run(first_run: dict[str, Any], small_settings: dict[str
 
 
 def test_full_finetuning_runs_through(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
-    full = {"lora": {"full_finetuning": ["projector", "language"], "rank": 16}, "export": {"types": ["merged_16bit"]}}
+    full = {
+        "lora": {"full_finetuning": ["projector", "language"], "rank": 16},
+        "export": {"types": ["merged_16bit"], "verify": False},
+    }
     config = RunConfig.model_validate(small_settings | full)
     summary = vision_finetune(config)
     assert "prepare_dataset" not in ran(summary)
@@ -124,9 +127,34 @@ def test_answers_during_training_are_logged_and_the_best_adapter_is_kept(
 
 
 def test_a_second_export_repeats_nothing_else(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
-    summary = vision_finetune(merged(small_settings, export={"types": ["lora", "merged_16bit"]}))
-    assert ran(summary) == {"evaluate_and_save.export.merged_16bit"}
-    assert (Path(summary["locations"]["merged_16bit"]) / "config.json").exists()
+    summary = vision_finetune(merged(small_settings, export={"types": ["lora", "merged_4bit"]}))
+    assert ran(summary) == {"evaluate_and_save.export.merged_4bit"}
+    assert (Path(summary["locations"]["merged_4bit"]) / "config.json").exists()
+
+
+def test_exports_are_verified_in_a_fresh_process(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    config = merged(small_settings, export={"types": ["merged_16bit", "gguf"], "verify": True, "verify_rows": 2})
+    summary = vision_finetune(config)
+    unit = "evaluate_and_save"
+    assert ran(summary) == {f"{unit}.reference", f"{unit}.export.merged_16bit", f"{unit}.export.gguf"}
+    folder = Path(summary["locations"]["merged_16bit"])
+    verification = json.loads((folder / "verification.json").read_text())
+    assert verification["num_rows"] == 2
+    assert verification["distance"] < verification["max_distance"]
+    assert "Loaded again in a fresh process" in (folder / "README.md").read_text()
+    assert (Path(summary["locations"]["gguf"]) / "Modelfile").exists()
+    assert ran(vision_finetune(config)) == set()
+
+
+def test_a_model_that_cannot_be_exported_as_asked_is_refused_first(tmp_path: Path) -> None:
+    from tests.support.tiny_models import make_tiny_checkpoint
+
+    model = make_tiny_checkpoint("mllama", tmp_path / "model")
+    settings = ["--model.name", str(model), "--export.types", "gguf", "--runtime.store", str(tmp_path / "store")]
+    done = run_command(*settings, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Llama 3.2 Vision cannot be written for llama.cpp" in done.stderr
+    assert not list((tmp_path / "store").glob("objects/*/*"))
 
 
 def test_rerun_from_forces_a_step_and_all_after_it(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ NOT_IN_KEYS = {
 
 OTHER_VALUES: dict[str, Any] = {
     "model.quantization": "none",
+    "export.gguf_type": "f16",
     "model.keep_unquantized": ["vision"],
     "data.on_too_long": "shrink_images",
     "data.boxes.source": "normalized_1",
@@ -95,14 +96,14 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 # Settings that others depend on.
 BASE: dict[str, Any] = {"model": {"quantization": "nf4"}, "data": {"boxes": {"source": "absolute"}}}
-CONFIG = RunConfig.model_validate(BASE | {"export": {"types": ["lora", "merged_16bit"]}})
+CONFIG = RunConfig.model_validate(BASE | {"export": {"types": ["lora", "merged_16bit", "gguf"]}})
 TRACKED = [name for name, _ in leaves(RunConfig()) if name.split(".")[0] not in ("runtime", "tracking")]
 
 
 @pytest.mark.parametrize("name", [name for name in TRACKED if name not in NOT_IN_KEYS])
 def test_every_setting_changes_a_key(name: str) -> None:
     config = changed(name, dict(leaves(RunConfig()))[name])
-    with_exports = {"types": ["lora", "merged_16bit"], "max_shard_size_mb": config.export.max_shard_size_mb}
+    with_exports = config.export.model_dump() | {"types": CONFIG.export.types}
     config = RunConfig.model_validate(config.model_dump() | {"export": with_exports})
     assert settings_of(config) != settings_of(CONFIG)
 

@@ -36,7 +36,8 @@ TASK_METRICS: dict[TaskName, tuple[MetricName, ...]] = {
     "caption": ("chrf", "rouge_l"),
     "grounding": ("grounding_iou", "grounding_accuracy"),
 }
-ExportType = Literal["lora", "merged_16bit"]
+ExportType = Literal["lora", "merged_16bit", "merged_8bit", "merged_4bit", "gguf"]
+GgufType = Literal["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 
 class GenerationConfig(Section):
@@ -92,9 +93,25 @@ class ExportConfig(Section):
     """What is written for use elsewhere."""
 
     types: tuple[ExportType, ...] = Field(
-        ("lora",), description="'lora' (the adapter) and 'merged_16bit' (a whole model); () exports nothing."
+        ("lora",),
+        description="'lora' (the adapter), 'merged_16bit' (a whole model), 'merged_8bit' and 'merged_4bit' (quantised for"
+        " transformers with bitsandbytes), 'gguf' (for llama.cpp and Ollama); () exports nothing.",
     )
     destination: str | None = Field(
-        None, description="fsspec address that also receives a copy of every export, one folder per type."
+        None,
+        description="fsspec address that also receives a copy of every export, one folder per type; hf://user/name (or"
+        " hf://user/name/folder) is a repository on the Hub.",
     )
     max_shard_size_mb: int = Field(4000, ge=1, description="Largest file of a merged model, in 10^6 bytes.")
+    gguf_type: GgufType = Field(
+        "q8_0",
+        description="How a GGUF export stores the language model's matrices; its vision tower is in 16 bit.",
+    )
+    verify: bool = Field(
+        True,
+        description="Load every export again in a fresh process and fail unless it gives what the trained model gives;"
+        " GGUF files are compared tensor by tensor in any case.",
+    )
+    verify_rows: int = Field(
+        4, ge=1, le=64, description="Held-out rows on which exports are compared with the trained model."
+    )

@@ -75,6 +75,7 @@ class RunConfig(Section):
             )
         if "lora" in self.export.types:
             raise ValueError(
-                "export.types has 'lora' but lora.full_finetuning makes no adapter; set export.types to ['merged_16bit'] or []"
+                "export.types has 'lora' but lora.full_finetuning makes no adapter; set export.types to ['merged_16bit'] or another"
+                " whole model, or []"
             )
         return self

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
-from vlm.config.evaluation import ExportType
+from vlm.config.evaluation import ExportType, GgufType
 from vlm.summary import Summary
 
 
@@ -16,7 +16,7 @@ class ExportSummary(Summary):
     """What was written."""
 
     type: str
-    """``lora`` or ``merged_16bit``."""
+    """Of `ExportType`."""
     num_adapted_modules: int
     """Adapted modules in the adapter; in a merged model, all of them are merged."""
     num_files: int
@@ -33,17 +33,19 @@ def export(
     *,
     max_shard_size_mb: int,
     device: str,
+    gguf_type: GgufType = "q8_0",
     metrics: Mapping[str, Any] | None = None,
 ) -> ExportSummary:
     """Writes an export.
 
     Args:
-        kind: ``lora`` or ``merged_16bit``.
+        kind: Of `ExportType`.
         checkpoint_dir: Base model.
         adapter_dir: Trained adapter.
         output_dir: Receives the files; made if it is not there.
         max_shard_size_mb: Largest file of a merged model, in 10^6 bytes.
         device: ``cpu`` or ``cuda``, where weights are merged.
+        gguf_type: How a GGUF file stores the language model's matrices.
         metrics: Content of ``metrics.json`` for the model card, if wanted.
 
     Returns:
@@ -62,6 +64,24 @@ def export(
 
         num_modules = export_merged_16bit(
             checkpoint_dir, adapter_dir, output_dir, max_shard_size_mb=max_shard_size_mb, device=device, metrics=metrics
+        )
+    elif kind == "merged_4bit" or kind == "merged_8bit":
+        from vlm.export.quantized import export_quantized
+
+        num_modules = export_quantized(
+            4 if kind == "merged_4bit" else 8,
+            checkpoint_dir,
+            adapter_dir,
+            output_dir,
+            max_shard_size_mb=max_shard_size_mb,
+            device=device,
+            metrics=metrics,
+        )
+    elif kind == "gguf":
+        from vlm.export.gguf.write import export_gguf
+
+        num_modules = export_gguf(
+            checkpoint_dir, adapter_dir, output_dir, gguf_type=gguf_type, device=device, metrics=metrics
         )
     else:
         assert_never(kind)

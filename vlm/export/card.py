@@ -20,6 +20,11 @@ model = AutoModelForImageTextToText.from_pretrained("path/to/this/folder", dtype
 processor = AutoProcessor.from_pretrained("path/to/this/folder")
 """
 
+_LOAD_GGUF = """\
+llama-mtmd-cli -m model-*.gguf --mmproj mmproj-*.gguf --temp 0 --image page.png -p "Transcribe the text in the image."
+ollama create my-model -f Modelfile
+"""
+
 
 def model_card(
     kind: str, checkpoint: Mapping[str, Any], targets: Mapping[str, Any], metrics: Mapping[str, Any] | None
@@ -27,7 +32,7 @@ def model_card(
     """Writes the card.
 
     Args:
-        kind: ``lora`` or ``merged_16bit``.
+        kind: Type of the export.
         checkpoint: Content of ``checkpoint.json``.
         targets: Content of the adapter's ``targets.json``.
         metrics: Content of ``metrics.json``, or None.
@@ -41,11 +46,13 @@ def model_card(
     lines = ["---"]
     if base.count("/") == 1:  # only a Hub name means anything to others
         lines.append(f"base_model: {base}")
+    library = {"lora": "peft", "gguf": "llama.cpp"}.get(kind, "transformers")
     lines += [
-        f"library_name: {'peft' if kind == 'lora' else 'transformers'}",
+        f"library_name: {library}",
         "pipeline_tag: image-text-to-text",
         "tags:",
         "- lora" if kind == "lora" else "- full-finetuning" if full else "- merged",
+        *([f"- {kind.replace('_', '-')}"] if kind in ("merged_4bit", "merged_8bit", "gguf") else []),
         "---",
         "",
         f"# {'LoRA adapter for' if kind == 'lora' else 'Fine-tuned'} {base}",
@@ -62,5 +69,6 @@ def model_card(
         for entry in metrics["metrics"].values():
             values = ["" if entry[who] is None else f"{entry[who]['value']:.4f}" for who in ("tuned", "base")]
             lines.append(f"| {entry['title']} ({entry['better']} is better) | {values[0]} | {values[1]} |")
-    usage = _LOAD_ADAPTER.format(base=base) if kind == "lora" else _LOAD_MERGED
-    return "\n".join([*lines, "", "```python", usage.rstrip(), "```", ""])
+    usage = {"lora": _LOAD_ADAPTER.format(base=base), "gguf": _LOAD_GGUF}.get(kind, _LOAD_MERGED)
+    language = "sh" if kind == "gguf" else "python"
+    return "\n".join([*lines, "", f"```{language}", usage.rstrip(), "```", ""])

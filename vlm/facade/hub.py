@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from vlm.errors import ExportError
 from vlm.hub import network_errors
 
@@ -23,12 +26,27 @@ def upload(folder: str, repo_id: str, token: str | None, private: bool | None, m
         ExportError: The Hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    api = HfApi(token=token)
-    try:
+    with hub_errors(repo_id):
+        api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message))
+
+
+@contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turns what the client raises into one error with its remedy.
+
+    Args:
+        repo_id: ``"user/name"`` on the Hub.
+
+    Raises:
+        ExportError: The Hub cannot be reached or refuses.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
     except HFValidationError as error:
         raise ExportError(f"{repo_id!r} is no name on the Hub ({error}); give 'user/name'") from error
     except LocalTokenNotFoundError as error:

@@ -8,14 +8,16 @@ import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from vlm.config.evaluation import ExportType, GgufType
 from vlm.errors import ConfigError
 from vlm.facade.hub import upload
 from vlm.facade.options import check_fixed
 from vlm.facade.state import FacadeState, state_of
 
-_METHODS = ("merged_16bit", "lora")
+_METHODS: tuple[ExportType, ...] = ("merged_16bit", "merged_8bit", "merged_4bit", "lora")
+_GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 _UNITS = {"": 1e-6, "KB": 1e-3, "MB": 1.0, "GB": 1e3}
 _FIXED_SAVING: dict[str, tuple[Any, str]] = {
     "safe_serialization": (True, "files are safetensors only; leave it out"),
@@ -32,7 +34,7 @@ def add_saving(model: Any) -> None:
     Args:
         model: With or without adapter; changed in place.
     """
-    methods: list[Callable[..., Any]] = [save_pretrained_merged, push_to_hub_merged, push_to_hub]
+    methods: list[Callable[..., Any]] = [save_pretrained_merged, save_pretrained_gguf, push_to_hub_merged, push_to_hub]
     state = state_of(model)
     if state.full_finetuning:
         # transformers' own method writes what a trainer's checkpoint needs; here it gets the processor as well.
@@ -97,7 +99,8 @@ def save_pretrained_merged(
         model: Trained, with an adapter or with full fine-tuning.
         save_directory: Made if it is not there.
         tokenizer: The model's processor, which is written in any case.
-        save_method: ``"merged_16bit"`` (a whole model in the precision of computation) or ``"lora"`` (the adapter).
+        save_method: ``"merged_16bit"`` (a whole model in the precision of computation), ``"merged_8bit"`` or
+            ``"merged_4bit"`` (quantised by bitsandbytes), or ``"lora"`` (the adapter).
         max_shard_size: Largest weights file: bytes, or text such as ``"5GB"``.
 
     Raises:
@@ -109,12 +112,42 @@ def save_pretrained_merged(
     method = save_method.lower().replace(" ", "_")
     if method not in _METHODS:
         raise ConfigError(
-            f"save_method {save_method!r} is not known here; use 'merged_16bit' for a whole model or 'lora' for the adapter"
+            f"save_method {save_method!r} is not known here; use 'merged_16bit' for a whole model, 'merged_8bit' or 'merged_4bit' for a"
+            " quantised one, or 'lora' for the adapter"
         )
     if method == "lora" and state.full_finetuning:
         raise ConfigError(
             "save_method 'lora': the model has no adapter, all its weights were trained; use 'merged_16bit'"
         )
+    _export(model, _METHODS[_METHODS.index(method)], save_directory, max_shard_size_mb=_megabytes(max_shard_size))
+
+
+def save_pretrained_gguf(
+    model: Any, save_directory: str | Path, tokenizer: Any = None, quantization_method: str = "q8_0"
+) -> None:
+    """Writes a model for llama.cpp and Ollama: language model, vision tower (mmproj) and Modelfile.
+
+    Args:
+        model: Trained, with an adapter or with full fine-tuning.
+        save_directory: Made if it is not there.
+        tokenizer: The model's processor, which is written in any case.
+        quantization_method: How the language model's matrices are stored, such as ``"f16"`` or ``"q4_0"``.
+
+    Raises:
+        ConfigError: The method is unknown or there is nothing to save.
+        ExportError: llama.cpp does not run such a model, or what was written is not what was trained.
+    """
+    _check_processor(state_of(model), tokenizer)
+    method = quantization_method.lower()
+    if method not in _GGUF_TYPES:
+        raise ConfigError(
+            f"quantization_method {quantization_method!r} is not written here; use one of {', '.join(_GGUF_TYPES)}"
+        )
+    _export(model, "gguf", save_directory, gguf_type=_GGUF_TYPES[_GGUF_TYPES.index(method)])
+
+
+def _export(model: Any, kind: ExportType, directory: str | Path, **settings: Any) -> None:
+    state = state_of(model)
     if not state.adapter_files:
         raise ConfigError(
             "nothing has been trained on this model, so there is nothing to merge; call get_peft_model first"
@@ -125,12 +158,12 @@ def save_pretrained_merged(
         trained_dir = Path(folder)
         _write_trained(model, state, trained_dir)
         export(
-            "merged_16bit" if method == "merged_16bit" else "lora",
+            kind,
             state.loaded.checkpoint_dir,
             trained_dir,
-            Path(save_directory),
-            max_shard_size_mb=_megabytes(max_shard_size),
+            Path(directory),
             device=state.loaded.device,
+            **({"max_shard_size_mb": _megabytes("5GB")} | settings),
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm.config.data import BoxConvention
+from vlm.families.gguf import GgufLayout
 from vlm.families.video import VideoInput
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class Family:
             None where the template ends answers itself.
         box_convention: How answers of these models give coordinates: in pixels of the image at its target size
             (``"absolute"``), or relative to its sides, from 0 to 1, 999 or 1000.
+        gguf: How llama.cpp names its parts; None where it does not run the family, or that is not written here.
         generation_defaults: Generation settings for checkpoints without `generation_config.json`.
         packing: How conversations share one row; None for a family that trains on padded batches.
     """
@@ -187,6 +189,7 @@ class Family:
     cut_before_answers: bool = False
     answer_end: str | None = None
     box_convention: BoxConvention = "normalized_1000"
+    gguf: GgufLayout | None = None
     generation_defaults: Mapping[str, Any] = field(default_factory=dict)
     packing: Packing | None = None
 

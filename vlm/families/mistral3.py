@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from vlm.families.gguf import PIXTRAL_GGUF
 from vlm.families.pixtral import PIXTRAL
 
 MISTRAL3 = dataclasses.replace(
@@ -13,5 +14,6 @@ MISTRAL3 = dataclasses.replace(
     architectures=("Mistral3ForConditionalGeneration",),
     config_types=("mistral3",),
     model_class="Mistral3ForConditionalGeneration",
+    gguf=dataclasses.replace(PIXTRAL_GGUF, pre_tokenizer="tekken"),
     projector=r"model\.multi_modal_projector\.(linear_[12]|patch_merger\.merging_layer)",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlm.families import pixtral_media, pixtral_packing
 from vlm.families.family import Family, Packing
+from vlm.families.gguf import PIXTRAL_GGUF
 
 PIXTRAL = Family(
     model_type="pixtral",
@@ -34,4 +35,5 @@ PIXTRAL = Family(
     pixel_inputs=pixtral_media.pixel_inputs,
     token_inputs=pixtral_media.token_inputs,
     packing=Packing(tower_segments=True, install=pixtral_packing.install),
+    gguf=PIXTRAL_GGUF,
 )

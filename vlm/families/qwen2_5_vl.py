@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from vlm.families import qwen_video
+from vlm.families.gguf import QWEN2_5_VL_GGUF
 from vlm.families.qwen2_vl import QWEN2_VL
 
 QWEN2_5_VL = dataclasses.replace(
@@ -17,4 +18,5 @@ QWEN2_5_VL = dataclasses.replace(
     vision_mlp=r"model\.visual\.blocks\.\d+\.mlp\.(gate|up|down)_proj",
     video=qwen_video.IN_SECONDS,
     box_convention="absolute",
+    gguf=QWEN2_5_VL_GGUF,
 )

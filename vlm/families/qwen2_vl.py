@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlm.families import qwen_media, qwen_packing, qwen_video
 from vlm.families.family import Family, Packing
+from vlm.families.gguf import QWEN2_VL_GGUF
 
 QWEN2_VL = Family(
     model_type="qwen2_vl",
@@ -35,4 +36,5 @@ QWEN2_VL = Family(
     token_inputs=qwen_media.token_inputs,
     video=qwen_video.IN_STEPS,
     packing=Packing(tower_segments=True, positions=qwen_packing.positions, tower_inputs=qwen_packing.tower_inputs),
+    gguf=QWEN2_VL_GGUF,
 )

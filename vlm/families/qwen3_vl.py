@@ -19,6 +19,7 @@ QWEN3_VL = dataclasses.replace(
     vision_mlp=r"model\.visual\.blocks\.\d+\.mlp\.linear_fc[12]",
     # Its films have their times written between the frames, unlike those of the family it is made from.
     video=None,
+    gguf=None,
     projector=_MERGERS + r"\.linear_fc[12]",
     parts=(
         ("head", r"lm_head(\..+)?"),

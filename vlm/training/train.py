@@ -160,6 +160,8 @@ def train_adapter(
             # Full fine-tuning has no configuration of an adapter.
             if (adapter_dir / name).is_file():
                 shutil.copyfile(adapter_dir / name, output_dir / "adapter" / name)
+        optimizer = trainer.optimizer
+        assert optimizer is not None, "made when training began"
         return write_results(
             trainer.state.log_history,
             output_dir / "training",
@@ -172,9 +174,7 @@ def train_adapter(
             device=loaded.device,
             # Optimisers keep no state for what never had a gradient, and a resumed training gets the state back.
             parameters_without_gradient=[
-                name
-                for name, parameter in adapter_parameters(peft_model).items()
-                if not trainer.optimizer.state.get(parameter)
+                name for name, parameter in adapter_parameters(peft_model).items() if not optimizer.state.get(parameter)
             ],
         )
 

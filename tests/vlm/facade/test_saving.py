@@ -181,3 +181,16 @@ def test_uploads_are_what_is_saved(load: Callable, monkeypatch: pytest.MonkeyPat
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= seen[2]
     model.push_to_hub_merged("me/merged", processor)
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= seen[5]
+
+
+def test_quantised_and_gguf_files(load: Callable, tmp_path: Path) -> None:
+    model, processor = load("qwen2_vl")
+    model = vlm.FastVisionModel.get_peft_model(model, r=2)
+    model.save_pretrained_merged(tmp_path / "four", processor, save_method="merged_4bit")
+    assert '"load_in_4bit": true' in (tmp_path / "four" / "config.json").read_text()
+    model.save_pretrained_gguf(tmp_path / "gguf", processor, quantization_method="Q4_0")
+    assert {"model-q4_0.gguf", "mmproj-f16.gguf", "Modelfile"} <= {path.name for path in (tmp_path / "gguf").iterdir()}
+    with pytest.raises(ConfigError, match="quantization_method 'q4_k_m' is not written here; use one of f16"):
+        model.save_pretrained_gguf(tmp_path / "other", processor, quantization_method="q4_k_m")
+    with pytest.raises(ConfigError, match="save_method 'merged_2bit' is not known here"):
+        model.save_pretrained_merged(tmp_path / "other", processor, save_method="merged_2bit")

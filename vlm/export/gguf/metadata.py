@@ -1,0 +1,142 @@
+"""The values in the heads of GGUF files: sizes, rotary embedding, tokenizer, chat template, image normalisation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from vlm.errors import ExportError
+from vlm.families.gguf import GgufLayout, Value
+from vlm.processing import Processing
+
+# Kinds of tokens, by llama.cpp's numbers.
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+
+def language_metadata(layout: GgufLayout, config: Mapping[str, Any]) -> dict[str, Value | list[int]]:
+    """Sizes of the language model.
+
+    Args:
+        layout: Of the family.
+        config: Content of `config.json` with all defaults.
+
+    Raises:
+        ExportError: The model has a variant that is not written here.
+    """
+    text = config["text_config"]
+    rope = text.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") not in ("default", "mrope"):
+        raise ExportError(
+            f"export.types has 'gguf', but the language model scales its rotary embedding ({rope['rope_type']!r}), which is"
+            " not written for llama.cpp here; take 'gguf' out"
+        )
+    if text.get("model_type") == "ministral3":
+        raise ExportError(
+            "export.types has 'gguf', but a 'ministral3' language model scales its queries by position, which is not written"
+            " for llama.cpp here; take 'gguf' out"
+        )
+    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    name = layout.architecture
+    found: dict[str, Value | list[int]] = {
+        f"{name}.block_count": text["num_hidden_layers"],
+        f"{name}.context_length": text["max_position_embeddings"],
+        f"{name}.embedding_length": text["hidden_size"],
+        f"{name}.feed_forward_length": text["intermediate_size"],
+        f"{name}.attention.head_count": text["num_attention_heads"],
+        f"{name}.attention.head_count_kv": text["num_key_value_heads"],
+        f"{name}.attention.key_length": head_dim,
+        f"{name}.attention.value_length": head_dim,
+        f"{name}.attention.layer_norm_rms_epsilon": float(text["rms_norm_eps"]),
+        f"{name}.rope.freq_base": float(rope["rope_theta"]),
+        f"{name}.rope.dimension_count": head_dim,
+        f"{name}.vocab_size": text["vocab_size"],
+    }
+    if "mrope_section" in rope:
+        sections = [int(size) for size in rope["mrope_section"]]
+        found[f"{name}.rope.dimension_sections"] = sections + [0] * (4 - len(sections))
+    return found
+
+
+def vision_metadata(layout: GgufLayout, config: Mapping[str, Any], processing: Processing) -> dict[str, Value]:
+    """Values of the mmproj file.
+
+    Args:
+        layout: Of the family.
+        config: Content of `config.json` with all defaults.
+        processing: The model's processor.
+    """
+    images = processing.image_processor
+    return {
+        "clip.projector_type": layout.projector,
+        "clip.has_vision_encoder": True,
+        "clip.vision.projection_dim": config["text_config"]["hidden_size"],
+        "clip.vision.patch_size": config["vision_config"]["patch_size"],
+        "clip.vision.image_mean": [float(value) for value in images.image_mean],
+        "clip.vision.image_std": [float(value) for value in images.image_std],
+        **layout.vision_metadata(config),
+    }
+
+
+def tokenizer_metadata(
+    layout: GgufLayout, processing: Processing, vocab_size: int
+) -> dict[str, Value | list[int] | list[str]]:
+    """The tokenizer and the chat template.
+
+    Args:
+        layout: Of the family.
+        processing: The model's processor.
+        vocab_size: Rows of the embeddings; ids without a token get a name of their own.
+
+    Raises:
+        ExportError: The tokenizer does not merge byte pairs.
+    """
+    tokenizer = processing.tokenizer
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise ExportError(
+            f"export.types has 'gguf', but the tokenizer is of type {model['type']!r} and only byte-level BPE is written for"
+            " llama.cpp here; take 'gguf' out"
+        )
+    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    if max(by_id) >= vocab_size:
+        raise ExportError(
+            f"the tokenizer has {max(by_id) + 1} tokens but the model embeds {vocab_size}; use the tokenizer that belongs to"
+            " the model"
+        )
+    added = tokenizer.added_tokens_decoder
+    tokens, kinds = [], []
+    for number in range(vocab_size):
+        tokens.append(by_id.get(number, f"[PAD{number}]"))
+        if number not in by_id:
+            kinds.append(_UNUSED)
+        elif number in added:
+            kinds.append(_CONTROL if added[number].special else _USER_DEFINED)
+        else:
+            kinds.append(_NORMAL)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    found: dict[str, Value | list[int] | list[str]] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": layout.pre_tokenizer,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.eos_token_id": processing.stop_token_ids[0],
+        "tokenizer.ggml.padding_token_id": processing.pad_token_id,
+        "tokenizer.ggml.add_bos_token": puts_bos(processing),
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.chat_template": processing.chat_template,
+    }
+    if tokenizer.bos_token_id is not None:
+        found["tokenizer.ggml.bos_token_id"] = tokenizer.bos_token_id
+    return found
+
+
+def puts_bos(processing: Processing) -> bool:
+    """Whether the tokenizer puts a token before every text.
+
+    Args:
+        processing: The model's processor.
+    """
+    tokenizer = processing.tokenizer
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]

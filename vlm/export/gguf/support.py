@@ -1,0 +1,31 @@
+"""Whether a model can become GGUF files at all, told before any work. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from vlm.errors import ExportError
+from vlm.families import FAMILIES, Family
+from vlm.families.gguf import GgufLayout
+
+
+def check_supported(family: Family) -> GgufLayout:
+    """The family's layout in GGUF files.
+
+    Args:
+        family: Row of the family table.
+
+    Raises:
+        ExportError: llama.cpp does not run the family, or the package that writes the files is missing.
+    """
+    if family.gguf is None:
+        known = ", ".join(sorted(other.title for other in FAMILIES.values() if other.gguf is not None))
+        raise ExportError(
+            f"export.types has 'gguf', but {family.title} cannot be written for llama.cpp here, only {known}; take 'gguf' out"
+            " of export.types, or use 'merged_16bit' with vLLM or transformers"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ExportError(
+            "export.types has 'gguf', which needs the package gguf; install it with `pip install 'vision-finetune[gguf]'`"
+        )
+    return family.gguf
