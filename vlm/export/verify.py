@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config import EvaluationConfig
-from vlm.config.evaluation import ExportType
+from vlm.config.evaluation import ExportType, MetricName
 from vlm.errors import ExportError
-from vlm.evaluation.metrics import METRICS, normalize, value
+from vlm.evaluation.metrics import METRICS, cleaner, value
 from vlm.summary import Summary
 
 VERIFICATION_FILE = "verification.json"
@@ -54,7 +54,7 @@ class Verification(Summary):
     """What was allowed."""
     kept: float
     """Share of the trained change that is in the export."""
-    metric: str
+    metric: MetricName
     """Name of the metric."""
     metric_value: float
     """Of the export's answers."""
@@ -140,7 +140,7 @@ def verify_export(
     found, expected = (
         _metric(reference["targets"], answers, evaluation) for answers in (measured["answers"], reference["answers"])
     )
-    name = evaluation.metrics[0]
+    name = evaluation.metric_names[0]
     verification = Verification(
         num_rows=num_rows,
         distance=_rounded(measured["distance"]),
@@ -179,11 +179,8 @@ def verify_export(
 
 def _metric(targets: list[str], answers: list[str], evaluation: EvaluationConfig) -> float:
     """The leading metric, at most 1: an error rate above that says no more than that nothing is right."""
-    metric = METRICS[evaluation.metrics[0]]
-    scores = [
-        metric.score(normalize(target, evaluation), normalize(answer, evaluation))
-        for target, answer in zip(targets, answers, strict=True)
-    ]
+    metric, clean = METRICS[evaluation.metric_names[0]], cleaner(evaluation)
+    scores = [metric.score([target], answer, clean) for target, answer in zip(targets, answers, strict=True)]
     return min(1.0, value((sum(score[0] for score in scores), sum(score[1] for score in scores))))
 
 
