@@ -69,9 +69,10 @@ def format_summary(summary: Json) -> str:
     ran = [f"{name} {step['wall_seconds']:.1f} s" for name, step in steps.items() if not step["cached"]]
     lines = [f"ran      {', '.join(ran) or 'nothing'}", f"cached   {', '.join(cached) or 'nothing'}"]
     metrics = summary["metrics"]
+    width = max(12, *(len(name) + 2 for name in metrics["metrics"]))
     for name, figures in metrics["metrics"].items():
         tuned, base = figures["tuned"], figures.get("base")
-        text = f"{name:<12}{tuned['value']:.4f}  [{tuned['low']:.4f}, {tuned['high']:.4f}]"
+        text = f"{name:<{width}}{tuned['value']:.4f}  [{tuned['low']:.4f}, {tuned['high']:.4f}]"
         if base is not None:
             text += f"   base model {base['value']:.4f}"
         lines.append(f"metric   {text}")

@@ -96,7 +96,7 @@ class TrainingConfig(Section):
     keep_best: Literal["none", "loss"] | MetricName = Field(
         "none",
         description="The trained adapter is the one with the best validation loss, or the best value of a metric in the rounds"
-        " of `generate_every_steps`; 'none' takes the last one.",
+        " of `generate_every_steps`, of equal ones the latest; 'none' takes the last one.",
     )
     early_stopping_patience: int | None = Field(
         None,

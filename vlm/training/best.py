@@ -34,7 +34,7 @@ class _State:
 
 
 class KeepBest(TrainerCallback):
-    """Watches one figure and saves the adapter whenever it is better than ever.
+    """Watches one figure and saves the adapter whenever it is as good as ever.
 
     Args:
         training: With `keep_best` and `early_stopping_patience`.
@@ -117,13 +117,16 @@ class KeepBest(TrainerCallback):
 
     def _compare(self, step: int, value: float) -> None:
         best = self._state.value
-        if best is not None and not (value < best if self._lower else value > best):
-            self._state.num_without_improvement += 1
+        is_better = best is None or (value < best if self._lower else value > best)
+        num_without_improvement = 0 if is_better else self._state.num_without_improvement + 1
+        if not is_better and value != best:
+            self._state.num_without_improvement = num_without_improvement
             return
+        # Of equal ones the latest: a metric that is zero for long must not keep an adapter that learnt nothing.
         draft = self._path.with_name(f".{WEIGHTS_FILE}")
         self._save(draft)
         os.replace(draft, self._path)
-        self._state = _State(step, value)
+        self._state = _State(step, value, num_without_improvement)
 
     def _stop(self, control: Any) -> Any:
         if self.is_exhausted:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from vlm.config import EvaluationConfig, GenerationConfig, LoraConfig, TrainingConfig
 from vlm.errors import DataError
@@ -22,6 +22,7 @@ from vlm.generate import generate_predictions
 from vlm.lora.build import build_adapter
 from vlm.lora.peft_model import adapter_parameters
 from vlm.training import rounds
+from vlm.training.best import KeepBest
 from vlm.training.plan import make_plan
 from vlm.training.rounds import spread_rows
 from vlm.training.train import TrainingSummary, train_adapter
@@ -186,6 +187,32 @@ def test_a_training_that_had_stopped_early_does_not_go_on(tiny_run: Callable, tm
     assert (again.num_steps, again.resumed_from_step, again.stopped_early) == (4, 4, True)
     assert_same(weights(tmp_path), kept)
     assert lines(tmp_path, "eval_loss") == curve
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "values", "best_step", "stop_step"),
+    [
+        ("loss", [3.0, 2.0, 2.5, 1.0, 1.5, 1.2], 4, 6),
+        ("cer", [0.5, 0.5, 0.5], 3, 3),  # of equal ones the latest is kept, but they are no improvement
+        ("anls", [0.0, 0.1, 0.0, 0.2, 0.2, 0.1], 5, 6),
+    ],
+)
+def test_what_counts_as_the_best(
+    tmp_path: Path, keep_best: str, values: list[float], best_step: int, stop_step: int
+) -> None:
+    rounds = {"evaluate_every_steps" if keep_best == "loss" else "generate_every_steps": 1}
+    training = TrainingConfig(keep_best=keep_best, early_stopping_patience=2, **rounds)
+    control, state = TrainerControl(), TrainerState()
+    best = KeepBest(training, tmp_path, lambda path: path.write_text(f"step {state.global_step}"))
+    for step, value in enumerate(values, 1):
+        assert not control.should_training_stop
+        state.global_step = step
+        best.on_log(None, state, control, {best.figure: value, "other": -1.0})
+        best.on_step_end(None, state, control)
+    assert control.should_training_stop
+    assert (best.step, state.global_step) == (best_step, stop_step)
+    best.copy_to(tmp_path / "kept")
+    assert (tmp_path / "kept").read_text() == f"step {best_step}"
 
 
 def test_a_training_without_validation_rows_is_refused(tiny_run: Callable, tmp_path: Path) -> None:
