@@ -253,6 +253,9 @@ class AdapterTrainer(SFTTrainer):
         """
         self._load_from_checkpoint(str(folder))
         self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        # Its state tells which tensors never had a gradient.
+        self.create_optimizer_and_scheduler(self.args.max_steps)
+        self._load_optimizer_and_scheduler(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_tensors(self._peft_model, Path(resume_from_checkpoint) / WEIGHTS_FILE)
