@@ -170,7 +170,8 @@ def _export_settings(kind: ExportType) -> Callable[[Resolved], Json]:
             found["max_shard_size_mb"] = run.config.export.max_shard_size_mb
         if run.config.export.verify and kind != "gguf":
             # The leading metric is compared, under its normalisation.
-            evaluation = run.config.evaluation.model_dump(mode="json")
+            evaluation = _evaluation_settings(run)
+            del evaluation["slice_by"]
             found["verify"] = evaluation | {"metrics": evaluation["metrics"][:1]}
         return found
 
