@@ -40,7 +40,12 @@ PIECES: tuple[Piece, ...] = get_args(Piece)
 
 _LOGGER = logging.getLogger(__name__)
 # Children of a feed-forward block: gate (None in a plain one), up, down.
-_BLOCKS = (("gate_proj", "up_proj", "down_proj"), (None, "fc1", "fc2"), (None, "lin1", "lin2"))
+_BLOCKS = (
+    ("gate_proj", "up_proj", "down_proj"),
+    (None, "fc1", "fc2"),
+    (None, "lin1", "lin2"),
+    (None, "linear_fc1", "linear_fc2"),
+)
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
 # The functions of transformers' model files, and the dimension of x that their angles lack unless told otherwise.
 _ROTARY = {"apply_rotary_pos_emb": 1, "apply_rotary_pos_emb_vision": -2}
