@@ -63,37 +63,14 @@ def translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if config.get("model_type") == NATIVE_TYPE:
         return _checked(config)
-    language = _section(config, "language_config")
-    for name, allowed in _REQUIRED.items():
-        if language.get(name) not in allowed:
-            raise ModelError(
-                f"config.json has language_config.{name} {language.get(name)!r}, which DeepSeek-OCR's network does not compute"
-                f" (it takes {allowed[-1]!r}); use the published DeepSeek-OCR or a model tuned from it"
-            )
-    vision = _section(config, "vision_config")
-    widths = _section(vision, "width", "vision_config.")
-    sam, clip = (_section(widths, name, "vision_config.width.") for name in ("sam_vit_b", "clip-l-14-224"))
-    text = {name: language[name] for name in _KEPT if language.get(name) is not None}
+    text = language_model(config)
     text["layer_types"] = ["full_attention"] * int(text["num_hidden_layers"])
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": float(language.get("rope_theta", 10000.0))}
+    clip = encoder_section(config, "clip-l-14-224")
     return {
-        "architectures": [NATIVE_ARCHITECTURE],
-        "model_type": NATIVE_TYPE,
-        "dtype": config.get("torch_dtype") or config.get("dtype"),
-        # The published file does not name it; the publishers' code has the number in it.
-        "image_token_id": config.get("image_token_id", IMAGE_TOKEN_ID),
-        "tie_word_embeddings": False,
+        **native_head(config, NATIVE_TYPE, NATIVE_ARCHITECTURE),
         "text_config": text,
         "vision_config": {
-            "sam_config": {
-                "hidden_size": sam["width"],
-                "num_hidden_layers": sam["layers"],
-                "num_attention_heads": sam["heads"],
-                "global_attn_indexes": list(sam["global_attn_indexes"]),
-                "downsample_channels": list(sam["downsample_channels"]),
-                "image_size": vision["image_size"],
-                "mlp_dim": 4 * sam["width"],
-            },
+            "sam_config": first_encoder(config),
             "encoder_config": {
                 "hidden_size": clip["width"],
                 "intermediate_size": 4 * clip["width"],
@@ -103,6 +80,77 @@ def translate(config: Mapping[str, Any]) -> dict[str, Any]:
                 "patch_size": clip["patch_size"],
             },
         },
+    }
+
+
+def native_head(config: Mapping[str, Any], model_type: str, architecture: str) -> dict[str, Any]:
+    """What stands outside the sections of a native configuration.
+
+    Args:
+        config: A published configuration.
+        model_type: Of the native class.
+        architecture: Its name.
+    """
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "dtype": config.get("torch_dtype") or config.get("dtype"),
+        # The published file does not name it; the publishers' code has the number in it.
+        "image_token_id": config.get("image_token_id", IMAGE_TOKEN_ID),
+        "tie_word_embeddings": False,
+    }
+
+
+def language_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's section, which both models have in common.
+
+    Args:
+        config: A published configuration.
+
+    Raises:
+        ModelError: The section is missing, or a setting means another network.
+    """
+    language = _section(config, "language_config")
+    for name, allowed in _REQUIRED.items():
+        if language.get(name) not in allowed:
+            raise ModelError(
+                f"config.json has language_config.{name} {language.get(name)!r}, which DeepSeek-OCR's network does not compute"
+                f" (it takes {allowed[-1]!r}); use the published DeepSeek-OCR or a model tuned from it"
+            )
+    text = {name: language[name] for name in _KEPT if language.get(name) is not None}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": float(language.get("rope_theta", 10000.0))}
+    return text
+
+
+def encoder_section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The published description of one of the vision encoders.
+
+    Args:
+        config: A published configuration.
+        name: Its key.
+
+    Raises:
+        ModelError: There is none.
+    """
+    widths = _section(_section(config, "vision_config"), "width", "vision_config.")
+    return _section(widths, name, "vision_config.width.")
+
+
+def first_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The section of the encoder that sees every patch.
+
+    Args:
+        config: A published configuration.
+    """
+    sam = encoder_section(config, "sam_vit_b")
+    return {
+        "hidden_size": sam["width"],
+        "num_hidden_layers": sam["layers"],
+        "num_attention_heads": sam["heads"],
+        "global_attn_indexes": list(sam["global_attn_indexes"]),
+        "downsample_channels": list(sam["downsample_channels"]),
+        "image_size": _section(config, "vision_config")["image_size"],
+        "mlp_dim": 4 * sam["width"],
     }
 
 
