@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vlm.errors import DataError
 from vlm.families import qwen_media
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
 from vlm.families.levels import byte_levels
@@ -42,10 +41,7 @@ def target_size(
     if new_width < side:
         new_height, new_width = round(new_height * side / new_width), side
     if max(new_height, new_width) > qwen_media.MAX_ASPECT_RATIO * min(new_height, new_width):
-        raise DataError(
-            f"an image of {height} x {width} pixels is more elongated than 1 : {qwen_media.MAX_ASPECT_RATIO}, which the"
-            " model's image processor refuses; crop it or cut it into pieces"
-        )
+        raise qwen_media.too_elongated(height, width)
     return qwen_media.target_size(parts, new_height, new_width, min_pixels, max_pixels)
 
 
