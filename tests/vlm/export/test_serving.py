@@ -90,4 +90,4 @@ def test_weights_go_through_one_by_one(
     description = json.loads((run.checkpoint_dir / "checkpoint.json").read_text())
     shard = 0 if kind == "gguf" else 1_000_000
     # A file that fills up, and the weight that is being worked on; all weights together, in float32, are larger.
-    assert max(kept) <= shard + 2 * largest < 4 * description["num_parameters"]
+    assert max(kept) <= max(shard, largest) + largest < 4 * description["num_parameters"]
