@@ -1,6 +1,5 @@
 """What other programs read of an export: its layout is that of a stock model, and stock pipelines run it."""
 
-import gc
 import json
 import weakref
 from collections.abc import Callable, Iterator
@@ -79,7 +78,6 @@ def test_weights_go_through_one_by_one(
     def groups(self: MergedModel) -> Iterator[MergedGroup]:
         nonlocal largest
         for group in right(self):
-            gc.collect()
             kept.append(sum(size for ref, size in alive if ref() is not None))
             for tensor in group.tensors.values():
                 alive.append((weakref.ref(tensor), tensor.nbytes))
@@ -92,4 +90,4 @@ def test_weights_go_through_one_by_one(
     description = json.loads((run.checkpoint_dir / "checkpoint.json").read_text())
     shard = 0 if kind == "gguf" else 1_000_000
     # A file that fills up, and the weight that is being worked on; all weights together, in float32, are larger.
-    assert max(kept) <= shard + 2 * largest < 4 * description["num_parameters"]
+    assert max(kept) <= max(shard, largest) + largest < 4 * description["num_parameters"]
