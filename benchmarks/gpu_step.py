@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 
 from benchmarks.live_model import live_model, with_adapter
 from vlm.config import TrainingConfig
@@ -133,14 +134,6 @@ def make_rows(work: Work, number: int, processing: Any) -> list[Row]:
     return rows
 
 
-def to_device(value: Any, device: str) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: to_device(own, device) for name, own in value.items()}
-    return value
-
-
 def median_seconds(function: Callable[[], Any], repeats: int, warmup: int) -> tuple[float, float]:
     """Median after warm-up, and the very first call."""
     seconds = []
@@ -182,7 +175,7 @@ class Bench:
         collator = VisionDataCollator(self.loaded.processing, model_config=self.base.config.to_dict())
         rows = make_rows(WORK[options.work], options.samples, self.loaded.processing)
         parts = [rows[first :: options.packs] for first in range(options.packs)]
-        self.batches = [to_device(collator.pack(part), self.device) for part in parts]
+        self.batches = [send_to_device(collator.pack(part), self.device) for part in parts]
         self.num_tokens = [batch["input_ids"].numel() for batch in self.batches]
         self.num_supervised = [int((batch["labels"][:, 1:] != -100).sum()) for batch in self.batches]
         image = self.base.config.image_token_id

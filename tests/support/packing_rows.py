@@ -80,15 +80,6 @@ def summed_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum")
 
 
-def on_device(value: Any, device: str) -> Any:
-    """A batch's tensors, also those of its packed row, on a device."""
-    import torch
-
-    if isinstance(value, dict):
-        return {name: on_device(own, device) for name, own in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
 def cut(rows: Sequence[PreparedRow], number: int) -> list[list[PreparedRow]]:
     """The rows dealt out to a number of packs."""
     return [list(rows[first::number]) for first in range(number)]

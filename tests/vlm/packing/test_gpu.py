@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
-from tests.support.packing_rows import on_device, packing_collator, packing_rows, summed_loss
+from tests.support.packing_rows import packing_collator, packing_rows, summed_loss
 from tests.support.tiny_models import make_tiny_checkpoint
 from vlm.config import LoraConfig, ModelConfig
 from vlm.families import FAMILIES
@@ -117,7 +118,7 @@ def test_packed_in_bfloat16(tmp_path: Path, kernel_calls: list[int], model_type:
             low = which is loaded
             with packed(which.model, which.family), torch.autocast("cuda", torch.bfloat16, enabled=low):
                 batches = [collator.pack(rows)] if pack else [collator([row]) for row in rows]
-                losses = torch.stack([summed_loss(model, on_device(batch, "cuda")) for batch in batches])
+                losses = torch.stack([summed_loss(model, send_to_device(batch, "cuda")) for batch in batches])
                 losses.sum().backward()
             named = sorted((name, own) for name, own in which.model.named_parameters() if own.requires_grad)
             return losses.sum().detach(), torch.cat([own.grad.flatten() for _, own in named])
@@ -144,7 +145,7 @@ def test_a_spoilt_neighbour_changes_no_bit_of_the_kernel(tmp_path: Path, model_t
     loaded = loaded_on_gpu(model_type, tmp_path)
     if loaded.family.language_expert_parameters is not None:
         pytest.skip("how many tokens an expert sees decides the order of sums")
-    batch = on_device(packing_collator(loaded).pack(packing_rows(loaded.processing)), "cuda")
+    batch = send_to_device(packing_collator(loaded).pack(packing_rows(loaded.processing)), "cuda")
     del batch["labels"]
     lengths = batch["packed_row"]["lengths"]
     embeddings = loaded.model.get_input_embeddings()
