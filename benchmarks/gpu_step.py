@@ -35,6 +35,7 @@ from vlm.kernels.install import PIECES, fused
 from vlm.lora.peft_model import adapter_parameters, base_model
 from vlm.packing.model import packed
 from vlm.training.activation import ActivationPlan, choose_activations
+from vlm.training.capture import graph_stacks
 from vlm.training.collator import VisionDataCollator
 from vlm.training.loss import add_supervised_loss
 from vlm.training.memory import MemoryEstimate, estimate_memory, towers
@@ -74,7 +75,8 @@ TINY: dict[str, Any] = {
         "fullatt_block_indexes": [1],
     },
 }
-# Name: pieces, whose head, activations.
+GRAPHS = ", graphs"
+# Name: pieces, whose head, activations. With GRAPHS behind it, layers are replayed as CUDA graphs.
 SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "eager": ((), "trl", "recompute"),
     "own head": ((), "own", "recompute"),
@@ -86,6 +88,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "all, keep": (PIECES, "own", "keep"),
     "all, auto": (PIECES, "own", "auto"),
 }
+SETTINGS |= {name + GRAPHS: SETTINGS[name] for name in ("own head", "+ rotary", "all, keep", "all, auto")}
 
 
 @dataclass(frozen=True)
@@ -271,13 +274,16 @@ class Bench:
                 self.call = {"fused_lm_head": True}
             assert self.base.forward is not stock
             report = stack.enter_context(fused(self.base, self.loaded.family, pieces))
-            stack.enter_context(recomputed(self.base, self.loaded.family, plan))
+            stacks = graph_stacks(self.model, plan) if name.endswith(GRAPHS) else None
+            stack.enter_context(recomputed(self.base, self.loaded.family, plan, stacks=stacks))
             stack.enter_context(packed(self.base, self.loaded.family))
             gc.collect()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             seconds, first = median_seconds(self.step, options.steps, options.warmup)
+            if stacks is not None:
+                print([(own.num_replays, dict(own.reasons)) for own in stacks], file=sys.stderr)
             if options.profile:
                 print(report, file=sys.stderr)
                 profile(self.step)

@@ -204,6 +204,7 @@ def _trainer(
     from vlm.training.arguments import training_arguments
     from vlm.training.best import KeepBest
     from vlm.training.callbacks import Pace, ProgressBar, StopAtStepBoundary
+    from vlm.training.capture import graph_stacks
     from vlm.training.collator import VisionDataCollator
     from vlm.training.rates import check_rates, rates_by_part, split_groups
     from vlm.training.recompute import recomputed
@@ -219,7 +220,9 @@ def _trainer(
     stack.enter_context(forward_restored(base))
     if training.fused_kernels:
         stack.enter_context(fused(base, loaded.family))
-    stack.enter_context(recomputed(base, loaded.family, ActivationPlan(**plan.activations)))
+    activations = ActivationPlan(**plan.activations)
+    stacks = graph_stacks(peft_model, activations) if training.cuda_graphs else None
+    stack.enter_context(recomputed(base, loaded.family, activations, stacks=stacks))
     collator = VisionDataCollator(
         loaded.processing, train_on_prompts=training.train_on_prompts, model_config=base.config.to_dict()
     )
