@@ -35,8 +35,9 @@ from vlm.kernels.install import PIECES, fused
 from vlm.lora.peft_model import adapter_parameters, base_model
 from vlm.packing.model import packed
 from vlm.training.activation import ActivationPlan, choose_activations
-from vlm.training.capture import graph_stacks
+from vlm.training.capture import Stack, graph_stacks
 from vlm.training.collator import VisionDataCollator
+from vlm.training.flat import FlatParameters
 from vlm.training.loss import add_supervised_loss
 from vlm.training.memory import MemoryEstimate, estimate_memory, towers
 from vlm.training.recompute import recomputed
@@ -189,6 +190,7 @@ class Bench:
             import bitsandbytes as bnb
 
             self.optimizer = bnb.optim.AdamW8bit(self.parameters, lr=1e-5)
+            self.flat = FlatParameters(self.optimizer)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
         frozen = [parameter for parameter in self.base.parameters() if not parameter.requires_grad]
@@ -252,7 +254,17 @@ class Bench:
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+
+    def stacks(self, plan: ActivationPlan) -> tuple[Stack, Stack] | None:
+        """For CUDA graphs."""
+        merged = towers(self.base.config.to_dict(), self.loaded.family)[2]
+        stacks = graph_stacks(
+            self.model, plan, most_patches=merged * max(self.num_visual), most_tokens=max(self.num_tokens)
+        )
+        for stack in stacks or ():
+            stack.gradients.update(self.flat.gradients)
+        return stacks
 
     def run(self, name: str, options: argparse.Namespace, matmul: float) -> str:
         """Times a setting and gives its line of the table."""
@@ -274,7 +286,7 @@ class Bench:
                 self.call = {"fused_lm_head": True}
             assert self.base.forward is not stock
             report = stack.enter_context(fused(self.base, self.loaded.family, pieces))
-            stacks = graph_stacks(self.model, plan) if name.endswith(GRAPHS) else None
+            stacks = self.stacks(plan) if name.endswith(GRAPHS) else None
             stack.enter_context(recomputed(self.base, self.loaded.family, plan, stacks=stacks))
             stack.enter_context(packed(self.base, self.loaded.family))
             gc.collect()
@@ -342,7 +354,7 @@ def main() -> None:
             print(bench.run(name, options, matmul), flush=True)
         except torch.OutOfMemoryError:
             print(f"| {name} | | out of memory | | | | | |", flush=True)
-            bench.optimizer.zero_grad(set_to_none=True)
+            bench.model.zero_grad(set_to_none=True)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,6 @@ _LOGGER = logging.getLogger(__name__)
 LAUNCH_BOUND_OPERATIONS = 4e12
 # Shapes of one layer that are kept as graphs; each costs some megabytes of launches.
 _MOST_SHAPES = 24
-# Slots are made larger than the first shapes need, since a larger shape throws away all graphs.
-_HEADROOM = 1.25
 
 
 class Graph:
@@ -286,15 +284,18 @@ class Stack:
     Args:
         graph: Makes a graph.
         limit: Operations of a layer, both ways, above which it is not captured: there the host is ahead anyway.
+        most_positions: Positions of the largest row to come, as far as known: a larger one throws away all graphs.
 
     Attributes:
+        gradients: Where gradients of parameters are to be, for those that have a place.
         num_replays: Calls that were replayed.
         reasons: Why the others ran without a graph, and how many.
     """
 
-    def __init__(self, graph: type[Graph] = Graph, limit: float = float("inf")) -> None:
-        self.graph, self.limit = graph, limit
+    def __init__(self, graph: type[Graph] = Graph, limit: float = float("inf"), most_positions: int = 0) -> None:
+        self.graph, self.limit, self.most_positions = graph, limit, most_positions
         self.num_replays = 0
+        self.gradients: dict[Tensor, Tensor] = {}
         self.reasons: Counter[str] = Counter()
         self.layers: list[CapturedLayer] = []
         self.disabled = False
@@ -327,13 +328,14 @@ class Stack:
             self._stream.synchronize()
         return self._stream
 
-    def enter(self, index: int, key: Any, num_values: int) -> str | None:
+    def enter(self, index: int, key: Any, num_positions: int, width: int) -> str | None:
         """Says that a layer is called; the first of a pass settles which graphs the pass takes.
 
         Args:
             index: The layer's.
             key: Its shape.
-            num_values: Values of its padded input.
+            num_positions: Positions of its padded input.
+            width: Values of a position.
 
         Returns:
             Why this pass has no graphs; None if it has.
@@ -353,11 +355,14 @@ class Stack:
             self._seen[index, key] += 1
             if self._seen[index, key] < 2:
                 return "new shape"
-            if num_values > self._capacity:
+            if num_positions * width > self._capacity:
                 self.clear()
-                self._capacity = int(_HEADROOM * num_values)
+                self._capacity = max(num_positions, rounded(self.most_positions)) * width
             if len(self._shapes) >= _MOST_SHAPES:
                 return "too many shapes"
+            if not self._shapes:
+                # Common memory lives as long as one of its graphs.
+                self._pool = None
             shape = self._shapes[index, key] = _Shape()
         else:
             shape.capturing = False
@@ -513,7 +518,6 @@ class CapturedLayer:
         self._names = list(inspect.signature(type(layer).forward).parameters)[1:]
         self._num_segments = self._longest = 1
         self._running: weakref.ref[_Pass] | None = None
-        self._flat: Tensor | None = None
         self.buffers: list[Tensor] = []
 
     @property
@@ -549,10 +553,10 @@ class CapturedLayer:
         if 4.0 * self.num_weights * hidden.numel() / hidden.shape[-1] > stack.limit:
             return "large"
         sizes = self._sizes(call)
-        num_values = hidden.numel() // hidden.shape[-2] * sizes[0]
+        width = hidden.numel() // hidden.shape[-2]
         kind = needs_x, hidden.dtype, tuple(hidden.shape[:-2]), _autocast_key(hidden.device.type)
         key = (*sizes, *kind, call.constants)
-        reason = stack.enter(self.index, key, num_values)
+        reason = stack.enter(self.index, key, sizes[0], width)
         if reason is not None:
             return reason
         assert stack.active is not None
@@ -566,7 +570,7 @@ class CapturedLayer:
         if not stack.active.capturing:
             stack.forget()
             return "new shape"
-        if not stack.fits(num_values):
+        if not stack.fits(sizes[0] * width):
             return "wider than the first layer"
         return self._capture(key, call, sizes, needs_x)
 
@@ -607,10 +611,9 @@ class CapturedLayer:
         parameters = [(self.parameters[number], number) for number in entry.used]
         if not self.buffers:
             self._make_buffers()
-        assert self._flat is not None
         ours = all(parameter.grad is self.buffers[number] for parameter, number in parameters)
-        if not ours:
-            self._flat.zero_()
+        if self.buffers and not ours:
+            torch._foreach_zero_(self.buffers)
         if entry.backward is None and entry.shape.capturing:
             graph = self.stack.graph(self.stack)
             try:
@@ -632,12 +635,8 @@ class CapturedLayer:
                 parameter.grad += self.buffers[number]
 
     def _make_buffers(self) -> None:
-        sizes = [parameter.numel() for parameter in self.parameters]
-        first = self.parameters[0] if self.parameters else torch.empty(0)
-        self._flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        self.buffers = [
-            part.view(parameter.shape) for part, parameter in zip(self._flat.split(sizes), self.parameters, strict=True)
-        ]
+        given = self.stack.gradients
+        self.buffers = [given[own] if own in given else torch.zeros_like(own) for own in self.parameters]
 
     def _give_up(self, error: RuntimeError) -> None:
         self.stack.disabled = True
@@ -662,12 +661,16 @@ def _autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: torch.autocast(device, dtype, cache_enabled=False)
 
 
-def graph_stacks(model: Any, plan: ActivationPlan) -> tuple[Stack, Stack] | None:
+def graph_stacks(
+    model: Any, plan: ActivationPlan, *, most_patches: int = 0, most_tokens: int = 0
+) -> tuple[Stack, Stack] | None:
     """Stacks for the layers of vision tower and language model.
 
     Args:
         model: The model that learns, with its adapter.
         plan: What becomes of activations.
+        most_patches: Of the largest micro-batch, as far as known.
+        most_tokens: Likewise.
 
     Returns:
         None where graphs do not help or would change the result: on a CPU; with inputs in host memory, which is for steps
@@ -678,4 +681,5 @@ def graph_stacks(model: Any, plan: ActivationPlan) -> tuple[Stack, Stack] | None
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not next(model.parameters()).is_cuda or plan.offload or drops or several:
         return None
-    return Stack(limit=LAUNCH_BOUND_OPERATIONS), Stack(limit=LAUNCH_BOUND_OPERATIONS)
+    limit = LAUNCH_BOUND_OPERATIONS
+    return Stack(limit=limit, most_positions=most_patches), Stack(limit=limit, most_positions=most_tokens)

@@ -33,11 +33,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from vlm.errors import ConfigError
-from vlm.lora.peft_model import WEIGHTS_FILE, base_model, load_tensors, save_tensors
+from vlm.lora.peft_model import WEIGHTS_FILE, adapter_parameters, base_model, load_tensors, save_tensors
 from vlm.training import checkpoints
 from vlm.training.best import KeepBest
 from vlm.training.callbacks import Pace
+from vlm.training.capture import Stack
 from vlm.training.collator import IGNORED
+from vlm.training.flat import FlatParameters
 from vlm.training.loss import add_supervised_loss
 from vlm.training.shrinking import Shrinking
 
@@ -59,6 +61,7 @@ class AdapterTrainer(SFTTrainer):
         identity: Of the training, for its checkpoints.
         pace: Counts tokens and samples.
         split_groups: Changes the optimiser's parameter groups before its first step, given their names.
+        stacks: Where the model's layers keep CUDA graphs.
         best: Keeps the best adapter, and is one of the callbacks; its state goes into the checkpoints.
         callbacks: More `TrainerCallback`s.
     """
@@ -77,10 +80,13 @@ class AdapterTrainer(SFTTrainer):
         identity: str,
         pace: Pace,
         split_groups: Callable[[list[dict[str, Any]], dict[Any, str]], list[dict[str, Any]]] | None = None,
+        stacks: Sequence[Stack] = (),
         best: KeepBest | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         self._best = best
+        self._stacks = stacks
+        self._flat: FlatParameters | None = None
         self._validation = validation
         self._collate_validation = collate_validation
         self._identity = identity
@@ -123,13 +129,36 @@ class AdapterTrainer(SFTTrainer):
         return 0
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The usual optimiser; its groups are split where parts have learning rates of their own."""
+        """The usual optimiser; its groups are split where parts have learning rates of their own.
+
+        On a GPU an adapter's parameters become slices of long ones. Full fine-tuning has few and large ones, and scaled
+        float16 gradients are looked at one by one before the optimiser sees them.
+        """
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if made and self._split_groups is not None:
             names = {parameter: name for name, parameter in self._peft_model.named_parameters()}
             optimizer.param_groups[:] = self._split_groups(optimizer.param_groups, names)
+        if made and self.args.device.type == "cuda" and self._is_adapter() and not self.args.fp16:
+            self._flat = FlatParameters(optimizer)
+            for stack in self._stacks:
+                stack.gradients.update(self._flat.gradients)
         return optimizer
+
+    def _is_adapter(self) -> bool:
+        names = [name for name, parameter in self._peft_model.named_parameters() if parameter.requires_grad]
+        return any("lora_" in name for name in names) and not any(
+            "embed" in name or "lm_head" in name for name in names
+        )
+
+    def parameters_without_gradient(self) -> list[str]:
+        """Names of trained parameters that never had a gradient, over all of a resumed training."""
+        parameters = adapter_parameters(self._peft_model)
+        if self._flat is not None:
+            return self._flat.without_gradient(parameters)
+        # Optimisers keep no state for them, and a resumed training gets the state back.
+        assert self.optimizer is not None, "made when training began"
+        return [name for name, parameter in parameters.items() if not self.optimizer.state.get(parameter)]
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices decay; norms, biases and DoRA's magnitudes do not.
