@@ -45,7 +45,14 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    inner_ptr, gradient_ptr, inner_row, gradient_row, width, NAME: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+    inner_ptr,
+    gradient_ptr,
+    inner_row,
+    gradient_row,
+    width,
+    NAME: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -71,9 +71,7 @@ class _Enter(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, block: _Block, shelf: list[Tensor], *matrices: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, block: _Block, shelf: list[Tensor], *matrices: Tensor | None) -> Tensor:
         above, _ = block.stacks(matrices)
         end = above.num_outputs * len(block.into)
         stack = above.matrix(x)
@@ -125,9 +123,7 @@ class _Leave(torch.autograd.Function):
     """The rest of the forward pass, whose gradient is the token's as it comes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, token: Tensor, block: _Block, shelf: list[Tensor], *matrices: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, token: Tensor, block: _Block, shelf: list[Tensor], *matrices: Tensor | None) -> Tensor:
         ctx.num_matrices = len(matrices)
         return block.down_forward(shelf.pop(), matrices)
 

@@ -58,9 +58,13 @@ def compare(fused: Callable[[], torch.Tensor], eager: Callable[[], torch.Tensor]
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize(("shape", "bias", "rank"), [((5, 64), True, 3), ((2, 7, 64), False, 16), ((1, 64), True, 0)])
-def test_lora_linear(random: Random, storage: str, shape: tuple[int, ...], bias: bool, rank: int) -> None:
-    layer = adapted(64, 96, random, storage, bias=bias, rank=rank)
+@pytest.mark.parametrize(
+    ("shape", "outputs", "bias", "rank"),
+    # A rank of 16 is a part of the product forward where outputs are more, backward where inputs are more.
+    [((5, 64), 96, True, 3), ((2, 7, 64), 96, False, 16), ((5, 64), 32, True, 16), ((1, 64), 96, True, 0)],
+)
+def test_lora_linear(random: Random, storage: str, shape: tuple[int, ...], outputs: int, bias: bool, rank: int) -> None:
+    layer = adapted(64, outputs, random, storage, bias=bias, rank=rank)
     x = random(*shape, learns=True)
     inputs = [tensor for tensor in (x, *layer[1:]) if tensor is not None]
     compare(lambda: lora_linear(x, *layer), lambda: lora_linear_eager(x, *layer), inputs)
@@ -144,6 +148,29 @@ def test_mlp(random: Random, name: str, gated: bool, ranks: tuple[int, int, int]
     # Without a gradient of the input, as in the first block over a frozen tower.
     y = x.detach()
     compare(lambda: mlp(y, up, down, gate, act), lambda: mlp_eager(y, up, down, gate, act), matrices)
+
+
+@pytest.mark.parametrize("name", ["silu", "unnamed"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_width_that_is_padded(random: Random, name: str, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 columns run as 128; an activation that is not 0 at 0 does not show outside."""
+    act = torch.nn.SiLU() if name == "silu" else torch.cos
+    up, down = adapted(64, 100, random, "nf4_double"), adapted(100, 64, random, "nf4_double")
+    gate = adapted(64, 100, random, "nf4") if gated else None
+    widths = []
+    empty = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *size: Any) -> torch.Tensor:
+        widths.append(size[-1])
+        # Memory as it may be found.
+        return empty(self, *size).fill_(torch.nan)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    x = random(5, 64, learns=True)
+    matrices = [matrix for layer in (up, down, gate) if layer for matrix in layer[1:]]
+    compare(lambda: mlp(x, up, down, gate, act), lambda: mlp_eager(x, up, down, gate, act), [x, *matrices])
+    # Of the stack of `down`, and of h, with the columns of the update.
+    assert 128 + 8 in widths
 
 
 @pytest.mark.parametrize("gated", [True, False])
