@@ -289,4 +289,5 @@ def _rotary_forward(
     shaped = list(rotary(shaped[0], shaped[1], cos, sin))
     if heads_second_last:
         shaped = [x.transpose(1, 2) for x in shaped]
-    return (shaped[0], shaped[1]) if q.ndim == 4 else (shaped[0][0], shaped[1][0])
+    # Not `[0]`, whose gradient would be copied into zeros.
+    return (shaped[0], shaped[1]) if q.ndim == 4 else (shaped[0].squeeze(0), shaped[1].squeeze(0))
