@@ -221,7 +221,10 @@ def _trainer(
         stack.enter_context(fused(base, loaded.family))
     stack.enter_context(recomputed(base, loaded.family, ActivationPlan(**plan.activations)))
     collator = VisionDataCollator(
-        loaded.processing, train_on_prompts=training.train_on_prompts, model_config=base.config.to_dict()
+        loaded.processing,
+        train_on_prompts=training.train_on_prompts,
+        model_config=base.config.to_dict(),
+        pixels_as_bytes=True,
     )
     collate: Callable[..., dict[str, Any]] = collator
     if plan.packing:
