@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+_CACHED_VALUES = 1 << 16
+
 
 @dataclass(frozen=True, eq=False)
 class Numbers:
@@ -48,8 +50,15 @@ class Numbers:
         import torch
 
         first = torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device)
-        places = pixels.int() + first.view(3, *(1,) * (pixels.ndim - dim - 1))
-        return self.table.index_select(0, places.flatten()).view(pixels.shape)
+        first = first.view(3, *(1,) * (pixels.ndim - dim - 1))
+        made = self.table.new_empty(pixels.shape)
+        size = len(pixels)
+        if pixels.device.type == "cpu" and dim > 0:
+            # In pieces that stay in a core's cache: nearly twice as fast. A GPU would rather have one large piece.
+            size = max(1, _CACHED_VALUES * size // max(pixels.numel(), 1))
+        for piece, place in zip(pixels.split(size), made.split(size), strict=True):
+            torch.index_select(self.table, 0, (piece.int() + first).flatten(), out=place.view(-1))
+        return made
 
     def zeros(self, *shape: int) -> torch.Tensor:
         """Padding in the table's precision and on its device."""
