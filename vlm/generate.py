@@ -19,6 +19,7 @@ from vlm.data.prepared import PreparedDataset, PreparedRow
 from vlm.data.splits import SPLITS
 from vlm.errors import DataError, ResourceError
 from vlm.evaluation.predictions import Prediction, PredictionsSummary, write_predictions
+from vlm.families.pixels import PixelBytes
 from vlm.lora.attach import attached
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def _answer(model: Any, processing: Processing, rows: Sequence[PreparedRow], max
     for number, prompt in enumerate(prompts):
         ids[number, length - len(prompt) :] = torch.tensor(prompt)
         mask[number, length - len(prompt) :] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask, **processing.model_inputs(ids, processing.pixel_inputs(images))}
+    inputs = {"input_ids": ids, "attention_mask": mask, **processing.model_inputs(ids, processing.pixel_bytes(images))}
     inputs = {name: _placed(value, model) for name, value in inputs.items()}
     generated = model.generate(**inputs, generation_config=_greedy(model.generation_config, processing, max_new_tokens))
     return [_finish(new, processing) for new in generated[:, length:].tolist()]
@@ -225,6 +226,8 @@ def _answer(model: Any, processing: Processing, rows: Sequence[PreparedRow], max
 
 def _placed(value: Any, model: Any) -> Any:
     """On the model's device, pixels in its precision: some vision towers take no other."""
+    if isinstance(value, PixelBytes):
+        return value.to(model.device).values(model.dtype)
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(model.device, model.dtype if value.is_floating_point() else None)

@@ -216,7 +216,10 @@ def _trainer(
     if training.fused_kernels:
         stack.enter_context(fused(base, loaded.family))
     collator = VisionDataCollator(
-        loaded.processing, train_on_prompts=training.train_on_prompts, model_config=base.config.to_dict()
+        loaded.processing,
+        train_on_prompts=training.train_on_prompts,
+        model_config=base.config.to_dict(),
+        pixels_as_bytes=True,
     )
     collate: Callable[..., dict[str, Any]] = collator
     if plan.packing:

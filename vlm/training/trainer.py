@@ -19,6 +19,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from vlm.errors import ConfigError
+from vlm.families.pixels import PixelBytes
 from vlm.lora.peft_model import WEIGHTS_FILE, adapter_parameters, base_model, load_tensors, save_tensors
 from vlm.training import checkpoints
 from vlm.training.best import KeepBest
@@ -188,6 +190,17 @@ class AdapterTrainer(SFTTrainer):
         micro_batches = [micro_batch for step in batch_samples for micro_batch in step["micro_batches"]]
         return super()._get_num_items_in_batch(micro_batches, device)
 
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The next step's batch, and how long it was waited for."""
+        return super().get_batch_samples(self._pace.timed(epoch_iterator), num_batches, device)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device, where bytes become the tensor that the model takes, in the precision that it computes in."""
+        if isinstance(data, PixelBytes):
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            return data.to(self.args.device).values(dtype)
+        return super()._prepare_input(data)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward over all micro-batches of a step.
 
@@ -235,7 +248,7 @@ class AdapterTrainer(SFTTrainer):
         was_training = model.training
         model.eval()
         total, num_tokens = 0.0, 0
-        for batch in map(self._collate_validation, self._validation):
+        for batch in _one_ahead(self._collate_validation, self._validation):
             num_batch = int((batch["labels"][:, 1:] != IGNORED).sum())
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -307,6 +320,16 @@ def _collate_step(collate: Callable[[Rows], dict[str, Any]], items: Sequence[Any
     (step,) = items
     rows = [list(part) for part in step["micro_batches"]]
     return {"rows": rows, "micro_batches": [collate(part) for part in rows]}
+
+
+def _one_ahead(collate: Callable[[Rows], dict[str, Any]], batches: Sequence[Rows]) -> Iterator[dict[str, Any]]:
+    """Collates the next batch while the last one is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(collate, batches[0])
+        for rows in batches[1:]:
+            batch, waiting = waiting, pool.submit(collate, rows)
+            yield batch.result()
+        yield waiting.result()
 
 
 @contextmanager
