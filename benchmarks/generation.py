@@ -86,7 +86,7 @@ class Bench:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if "lora_B" in name:
-                    parameter.normal_(std=0.02)
+                    parameter.normal_(std=0.05)
         self.new_tokens = options.new_tokens
         # `predict` lays its own settings over the model's; this one it leaves alone.
         base_model(self.model).generation_config.min_new_tokens = options.new_tokens
