@@ -7,7 +7,8 @@ eight samples a step. Samples are as large as those of the three kinds of work b
 tokens are those of the tests' tokenizer, whose number is printed. A setting is a set of fused pieces and what happens to
 activations; each is timed by itself, after warm-up, batches already on the GPU. The ceiling is a bfloat16 product of
 8192³ in the same run; the work counted is 4 operations per weight and token, none for recomputation, attention left out.
-`--shape tiny` tries the script itself on a CPU.
+The largest shapes fit on one card of 141 GB: take `--settings "all, auto" --steps 2 --warmup 1`. `--shape tiny` and
+`--shape tiny_llama` try the script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import gc
 import platform
 import random
+import resource
 import statistics
 import sys
 import time
@@ -74,6 +76,40 @@ TINY: dict[str, Any] = {
         "num_heads": 4,
         "out_hidden_size": 128,
         "fullatt_block_indexes": [1],
+    },
+}
+TINY_LLAMA: dict[str, Any] = {
+    "text_config": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "vocab_size": 2048,
+        "cross_attention_layers": [3],
+    },
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 128,
+    },
+}
+# Name: the published model's shape, and what is laid over it.
+SHAPES: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "tiny": ("qwen2_5_vl_3b", TINY),
+    "tiny_llama": ("llama3_2_vision_11b", TINY_LLAMA),
+    **{
+        size: (size, None)
+        for size in (
+            "qwen2_vl_2b",
+            "qwen2_5_vl_7b",
+            "llama3_2_vision_11b",
+            "qwen2_vl_72b",
+            "llama3_2_vision_90b",
+        )
     },
 }
 GRAPHS = ", graphs"
@@ -168,10 +204,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         started = time.perf_counter()
-        tiny = options.shape == "tiny"
-        self.loaded = live_model(
-            "qwen2_5_vl_3b" if tiny else options.shape, device=self.device, overlay=TINY if tiny else None
-        )
+        size, overlay = SHAPES[options.shape]
+        self.loaded = live_model(size, device=self.device, overlay=overlay)
         self.model = with_adapter(self.loaded)
         self.base = base_model(self.model)
         synchronize()
@@ -184,6 +218,8 @@ class Bench:
         self.num_supervised = [int((batch["labels"][:, 1:] != -100).sum()) for batch in self.batches]
         image = self.base.config.image_token_id
         self.num_visual = [int((batch["input_ids"] == image).sum()) for batch in self.batches]
+        config, family = self.base.config.to_dict(), self.loaded.family
+        self.patches_per_token = family.patches_per_token(config) if family.patches_per_token else None
         self.parameters = list(adapter_parameters(self.model).values())
         self.optimizer: Any
         if self.device == "cuda":
@@ -204,8 +240,9 @@ class Bench:
         family, total = self.loaded.family, 0.0
         positions = {
             "language": sum(self.num_tokens),
-            "vision": 4 * sum(self.num_visual),
-            "projector": sum(self.num_visual),
+            "vision": (self.patches_per_token or 4) * sum(self.num_visual),
+            # One token stands for all patches of an image where it is looked at through cross-attention.
+            "projector": (self.patches_per_token or 1) * sum(self.num_visual),
             "head": sum(self.num_supervised),
         }
         for name, module in self.base.named_modules():
@@ -230,6 +267,7 @@ class Bench:
             activations=plan,
             fused=fused,
             optimizer="adamw_8bit" if self.device == "cuda" else "adamw",
+            patches_per_token=self.patches_per_token,
         )
 
     def plan(self, mode: str, *, fused: bool, memory: int | None) -> ActivationPlan:
@@ -324,7 +362,7 @@ def profile(step: Callable[[], None]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["qwen2_vl_2b", "qwen2_5_vl_7b", "tiny"], default="tiny")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--work", choices=WORK, default="formula")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--samples", type=int, default=8, help="of a step")
@@ -355,6 +393,7 @@ def main() -> None:
         except torch.OutOfMemoryError:
             print(f"| {name} | | out of memory | | | | | |", flush=True)
             bench.model.zero_grad(set_to_none=True)
+    print(f"\nHost memory at its peak: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB.")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from vlm.data.splits import SPLITS
 from vlm.errors import DataError, ResourceError
 from vlm.evaluation.predictions import Prediction, PredictionsSummary, write_predictions
 from vlm.families.pixels import PixelBytes
+from vlm.generation_batches import RowCosts, batches, memory_budget
 from vlm.lora.attach import attached
+from vlm.lora.peft_model import base_model
 
 if TYPE_CHECKING:
     from vlm.loading.checkpoint import LoadedModel
@@ -109,7 +111,7 @@ def predict(
         processing: Its processor.
         rows: The split.
         numbers: Row numbers.
-        batch_size: Rows answered at once.
+        batch_size: Rows answered at once, at most; fewer where memory asks for it.
         max_new_tokens: Longest answer.
         advance: Called with the number of rows that were just answered.
 
@@ -120,13 +122,19 @@ def predict(
         DataError: A row has no assistant turn to leave out.
         ResourceError: A single row does not fit into GPU memory.
     """
-    lengths = rows.num_tokens
-    # Longest first: what does not fit fails early, and batches of like length waste little.
-    order = sorted(range(len(numbers)), key=lambda place: (-int(lengths[numbers[place]]), place))
+    picked = np.asarray(numbers, dtype=np.int64)
+    base = base_model(model)
+    costs = RowCosts.of(base.config.to_dict(), processing.family, base.get_input_embeddings().weight.element_size())
     done: dict[int, Prediction] = {}
     with generating(model):
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
+        for places in batches(
+            (rows.num_tokens - rows.num_supervised_tokens)[picked].tolist(),
+            rows.num_visual_tokens[picked].tolist(),
+            costs,
+            most_rows=batch_size,
+            max_new_tokens=max_new_tokens,
+            budget_bytes=memory_budget(base.device),
+        ):
             batch = [rows[numbers[place]] for place in places]
             answers = answer_rows(model, processing, batch, max_new_tokens)
             done |= {place: _prediction(row, answer) for place, row, answer in zip(places, batch, answers, strict=True)}
