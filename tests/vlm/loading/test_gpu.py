@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.tiny_models import tiny_conversation
+from tests.support.tiny_models import fitted, tiny_conversation
 from vlm.config.model import ModelConfig, Quantization
 from vlm.loading.build import build_checkpoint
 from vlm.loading.checkpoint import LoadedModel, load_checkpoint
@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def logits_of(loaded: LoadedModel) -> torch.Tensor:
     messages, images = tiny_conversation()
+    images = fitted(loaded.processing, images)
     ids = torch.tensor([loaded.processing.encode(messages, [image.shape[:2] for image in images]).input_ids])
     inputs = loaded.processing.model_inputs(ids, loaded.processing.pixel_inputs(images))
     moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}

@@ -1,3 +1,4 @@
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,6 +84,33 @@ def test_a_part_learns_alone_and_the_base_comes_back(
         assert torch.equal(parameter, before[name][0]), name
         assert parameter.requires_grad == before[name][1]
     assert not hasattr(base, "trained_whole_parameters")
+
+
+# Two that copy image features into the embeddings, which takes one type: one casts them, the other one does not.
+@pytest.mark.parametrize("model_type", ["idefics3", "smolvlm"])
+def test_parts_in_float32_learn_over_a_bfloat16_base(tiny_run: Callable, tmp_path: Path, model_type: str) -> None:
+    """As on a GPU: one part's weights in float32, all others in bfloat16, under autocast."""
+    run = tiny_run(model_type)
+    low = replace(run.loaded, model=copy.deepcopy(run.loaded.model).bfloat16(), dtype="bfloat16")
+    batch = batch_of(run.loaded, run.dataset_dir, "train", [0, 1])
+    with torch.no_grad():
+        expected = run.loaded.model(**batch).loss.item()
+    for part in ("vision", "language"):
+        build_adapter(low, LoraConfig(full_finetuning=(part,)), tmp_path / part)
+        with attached(low, tmp_path / part, trainable=True) as model:
+            model.train()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            learning = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            model.eval()
+        assert learning == {torch.float32}
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert sum(gradient.norm() for gradient in gradients) > 0
+        # bfloat16 has 8 bits: each of a dozen layers rounds by up to 2^-9.
+        assert loss.item() == pytest.approx(expected, rel=1e-2)
 
 
 def test_the_same_settings_give_the_same_bytes(tiny_run: Callable, tmp_path: Path) -> None:
