@@ -253,7 +253,7 @@ class Bench:
                 total += 4.0 * inputs * outputs * positions[part]
         return total
 
-    def estimate(self, plan: ActivationPlan, *, fused: bool) -> MemoryEstimate:
+    def estimate(self, plan: ActivationPlan, *, fused: bool, captured: bool = False) -> MemoryEstimate:
         """What the training plan would say of this step."""
         return estimate_memory(
             self.base.config.to_dict(),
@@ -266,6 +266,7 @@ class Bench:
             value_bytes=2 if self.device == "cuda" else 4,
             activations=plan,
             fused=fused,
+            captured=captured,
             optimizer="adamw_8bit" if self.device == "cuda" else "adamw",
             patches_per_token=self.patches_per_token,
         )
@@ -341,7 +342,8 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() if cuda else 0
         # What graphs use while they are replayed counts here only.
         reserved = torch.cuda.max_memory_reserved() if cuda else 0
-        expected = self.estimate(plan, fused="linear" in pieces).expected_bytes
+        captured = name.endswith(GRAPHS)
+        expected = self.estimate(plan, fused="linear" in pieces, captured=captured).expected_bytes
         rate = options.samples / seconds
         share = self.operations() / seconds / matmul
         recomputing = f"{plan.recomputed_vision}, {plan.recomputed_language}".replace("None", "all")

@@ -30,7 +30,7 @@ def choose(mode: Any, memory: int | None, *, num_vision_layers: int = 4) -> Acti
 
     def expected(plan: ActivationPlan) -> int:
         parts = ((vision, plan.recomputed_vision), (language, plan.recomputed_language))
-        return int(sum(t.activation_bytes(10, 1, num_recomputed=n, offload=plan.offload) for t, n in parts))
+        return int(sum(sum(t.activation_bytes(10, 1, num_recomputed=n, offload=plan.offload)) for t, n in parts))
 
     seen[:] = [
         expected(ActivationPlan(0, 0)),
