@@ -7,7 +7,8 @@ eight samples a step. Samples are as large as those of the three kinds of work b
 tokens are those of the tests' tokenizer, whose number is printed. A setting is a set of fused pieces and what happens to
 activations; each is timed by itself, after warm-up, batches already on the GPU. The ceiling is a bfloat16 product of
 8192³ in the same run; the work counted is 4 operations per weight and token, none for recomputation, attention left out.
-`--shape tiny` tries the script itself on a CPU.
+The largest shapes fit on one card of 141 GB: take `--settings "all, auto" --steps 2 --warmup 1`. `--shape tiny` and
+`--shape tiny_llama` try the script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import gc
 import platform
 import random
+import resource
 import statistics
 import sys
 import time
@@ -35,7 +37,9 @@ from vlm.kernels.install import PIECES, fused
 from vlm.lora.peft_model import adapter_parameters, base_model
 from vlm.packing.model import packed
 from vlm.training.activation import ActivationPlan, choose_activations
+from vlm.training.capture import Stack, graph_stacks
 from vlm.training.collator import VisionDataCollator
+from vlm.training.flat import FlatParameters
 from vlm.training.loss import add_supervised_loss
 from vlm.training.memory import MemoryEstimate, estimate_memory, towers
 from vlm.training.recompute import recomputed
@@ -74,18 +78,54 @@ TINY: dict[str, Any] = {
         "fullatt_block_indexes": [1],
     },
 }
-# Name: pieces, whose head, activations.
+TINY_LLAMA: dict[str, Any] = {
+    "text_config": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "vocab_size": 2048,
+        "cross_attention_layers": [3],
+    },
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 128,
+    },
+}
+# Name: the published model's shape, and what is laid over it.
+SHAPES: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "tiny": ("qwen2_5_vl_3b", TINY),
+    "tiny_llama": ("llama3_2_vision_11b", TINY_LLAMA),
+    **{
+        size: (size, None)
+        for size in (
+            "qwen2_vl_2b",
+            "qwen2_5_vl_7b",
+            "llama3_2_vision_11b",
+            "qwen2_vl_72b",
+            "llama3_2_vision_90b",
+        )
+    },
+}
+GRAPHS = ", graphs"
+# Name: pieces, whose head, activations. With GRAPHS behind it, layers are replayed as CUDA graphs.
 SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "eager": ((), "trl", "recompute"),
     "own head": ((), "own", "recompute"),
     "+ linear": (("linear",), "own", "recompute"),
     "+ mlp": (("linear", "mlp"), "own", "recompute"),
     "+ norm": (("linear", "mlp", "norm"), "own", "recompute"),
-    "+ rotary": (PIECES, "own", "recompute"),
+    "all, recompute": (PIECES, "own", "recompute"),
     "all, offload": (PIECES, "own", "offload"),
     "all, keep": (PIECES, "own", "keep"),
     "all, auto": (PIECES, "own", "auto"),
 }
+SETTINGS |= {name + GRAPHS: SETTINGS[name] for name in ("own head", "all, recompute", "all, keep", "all, auto")}
 
 
 @dataclass(frozen=True)
@@ -164,10 +204,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         started = time.perf_counter()
-        tiny = options.shape == "tiny"
-        self.loaded = live_model(
-            "qwen2_5_vl_3b" if tiny else options.shape, device=self.device, overlay=TINY if tiny else None
-        )
+        size, overlay = SHAPES[options.shape]
+        self.loaded = live_model(size, device=self.device, overlay=overlay)
         self.model = with_adapter(self.loaded)
         self.base = base_model(self.model)
         synchronize()
@@ -180,12 +218,15 @@ class Bench:
         self.num_supervised = [int((batch["labels"][:, 1:] != -100).sum()) for batch in self.batches]
         image = self.base.config.image_token_id
         self.num_visual = [int((batch["input_ids"] == image).sum()) for batch in self.batches]
+        config, family = self.base.config.to_dict(), self.loaded.family
+        self.patches_per_token = family.patches_per_token(config) if family.patches_per_token else None
         self.parameters = list(adapter_parameters(self.model).values())
         self.optimizer: Any
         if self.device == "cuda":
             import bitsandbytes as bnb
 
             self.optimizer = bnb.optim.AdamW8bit(self.parameters, lr=1e-5)
+            self.flat = FlatParameters(self.optimizer)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
         frozen = [parameter for parameter in self.base.parameters() if not parameter.requires_grad]
@@ -199,8 +240,9 @@ class Bench:
         family, total = self.loaded.family, 0.0
         positions = {
             "language": sum(self.num_tokens),
-            "vision": 4 * sum(self.num_visual),
-            "projector": sum(self.num_visual),
+            "vision": (self.patches_per_token or 4) * sum(self.num_visual),
+            # One token stands for all patches of an image where it is looked at through cross-attention.
+            "projector": (self.patches_per_token or 1) * sum(self.num_visual),
             "head": sum(self.num_supervised),
         }
         for name, module in self.base.named_modules():
@@ -225,6 +267,7 @@ class Bench:
             activations=plan,
             fused=fused,
             optimizer="adamw_8bit" if self.device == "cuda" else "adamw",
+            patches_per_token=self.patches_per_token,
         )
 
     def plan(self, mode: str, *, fused: bool, memory: int | None) -> ActivationPlan:
@@ -249,7 +292,17 @@ class Bench:
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+
+    def stacks(self, plan: ActivationPlan) -> tuple[Stack, Stack] | None:
+        """For CUDA graphs."""
+        merged = towers(self.base.config.to_dict(), self.loaded.family)[2]
+        stacks = graph_stacks(
+            self.model, plan, most_patches=merged * max(self.num_visual), most_tokens=max(self.num_tokens)
+        )
+        for stack in stacks or ():
+            stack.gradients.update(self.flat.gradients)
+        return stacks
 
     def run(self, name: str, options: argparse.Namespace, matmul: float) -> str:
         """Times a setting and gives its line of the table."""
@@ -271,24 +324,30 @@ class Bench:
                 self.call = {"fused_lm_head": True}
             assert self.base.forward is not stock
             report = stack.enter_context(fused(self.base, self.loaded.family, pieces))
-            stack.enter_context(recomputed(self.base, self.loaded.family, plan))
+            stacks = self.stacks(plan) if name.endswith(GRAPHS) else None
+            stack.enter_context(recomputed(self.base, self.loaded.family, plan, stacks=stacks))
             stack.enter_context(packed(self.base, self.loaded.family))
             gc.collect()
             if self.device == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             seconds, first = median_seconds(self.step, options.steps, options.warmup)
+            if stacks is not None:
+                print([(own.num_replays, dict(own.reasons)) for own in stacks], file=sys.stderr)
             if options.profile:
                 print(report, file=sys.stderr)
                 profile(self.step)
-        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
+        cuda = self.device == "cuda"
+        peak = torch.cuda.max_memory_allocated() if cuda else 0
+        # What graphs use while they are replayed counts here only.
+        reserved = torch.cuda.max_memory_reserved() if cuda else 0
         expected = self.estimate(plan, fused="linear" in pieces).expected_bytes
         rate = options.samples / seconds
         share = self.operations() / seconds / matmul
         recomputing = f"{plan.recomputed_vision}, {plan.recomputed_language}".replace("None", "all")
         return (
             f"| {name} | {recomputing}{' offloaded' if plan.offload else ''} | {rate:.2f} | {seconds:.3f} | {first:.1f}"
-            f" | {peak / 2**30:.2f} | {expected / 2**30:.2f} | {share:.1%} |"
+            f" | {peak / 2**30:.2f} | {reserved / 2**30:.2f} | {expected / 2**30:.2f} | {share:.1%} |"
         )
 
 
@@ -306,7 +365,7 @@ def profile(step: Callable[[], None]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["qwen2_vl_2b", "qwen2_5_vl_7b", "tiny"], default="tiny")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--work", choices=WORK, default="formula")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--samples", type=int, default=8, help="of a step")
@@ -328,15 +387,16 @@ def main() -> None:
         f" Python {platform.python_version()}; matmul {matmul / 1e12:.2f} TFLOP/s; model made in {bench.made_seconds:.1f} s.\n"
     )
     print(
-        "| setting | recomputed layers (vision, language) | samples/s | step, s | first step, s | peak, GiB | expected, GiB | share of ceiling |"
+        "| setting | recomputed layers (vision, language) | samples/s | step, s | first step, s | peak, GiB | reserved, GiB | expected, GiB | share of ceiling |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in options.settings:
         try:
             print(bench.run(name, options, matmul), flush=True)
         except torch.OutOfMemoryError:
-            print(f"| {name} | | out of memory | | | | | |", flush=True)
-            bench.optimizer.zero_grad(set_to_none=True)
+            print(f"| {name} | | out of memory | | | | | | |", flush=True)
+            bench.model.zero_grad(set_to_none=True)
+    print(f"\nHost memory at its peak: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB.")
 
 
 if __name__ == "__main__":

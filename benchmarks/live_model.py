@@ -25,19 +25,28 @@ class _WithoutStorage(torch.nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=others.get("dtype"))
 
 
-def live_model(size: str, *, device: str, quantized: bool = True, overlay: dict[str, Any] | None = None) -> LoadedModel:
-    """Builds a model in bfloat16 (float32 on a CPU), its linear layers in NF4.
+def live_model(
+    size: str,
+    *,
+    device: str,
+    quantized: bool = True,
+    overlay: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
+    """Builds a model, its linear layers in NF4.
 
     Args:
         size: Name in `REAL_SIZES`.
         device: ``"cuda"`` or ``"cpu"``.
         quantized: False leaves linear layers dense.
         overlay: Laid over the shape's configuration.
+        dtype: Of computation; None for bfloat16, on a CPU float32.
     """
     import transformers
 
     family = family_by_name(REAL_SIZES[size].model_type)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if dtype is None:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
     folder = describe(size, Path(tempfile.mkdtemp()), config=overlay)
     config = model_config(folder, family)
     torch.manual_seed(0)

@@ -74,6 +74,37 @@ _DEEPSEEK_LANGUAGE = {
     "vocab_size": 129280,
 }
 
+
+def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> RealSize:
+    return RealSize(
+        model_type="mllama",
+        config={
+            "text_config": {
+                "hidden_size": hidden,
+                "intermediate_size": intermediate,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": 8,
+                "vocab_size": 128256,
+                "cross_attention_layers": list(range(3, layers, 5)),
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            },
+            "vision_config": {
+                "hidden_size": 1280,
+                "intermediate_size": 5120,
+                "num_hidden_layers": 32,
+                "num_global_layers": 8,
+                "attention_heads": 16,
+                "image_size": 560,
+                "intermediate_layers_indices": [3, 7, 15, 23, 30],
+                "vision_output_dim": 7680,
+            },
+        },
+        images={"size": {"height": 560, "width": 560}},
+    )
+
+
 REAL_SIZES: dict[str, RealSize] = {
     "qwen2_vl_2b": RealSize(
         model_type="qwen2_vl",
@@ -101,33 +132,16 @@ REAL_SIZES: dict[str, RealSize] = {
         },
         images=_QWEN_IMAGES,
     ),
-    "llama3_2_vision_11b": RealSize(
-        model_type="mllama",
+    "qwen2_vl_72b": RealSize(
+        model_type="qwen2_vl",
         config={
-            "text_config": {
-                "hidden_size": 4096,
-                "intermediate_size": 14336,
-                "num_hidden_layers": 40,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "vocab_size": 128256,
-                "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
-                "max_position_embeddings": 131072,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-            },
-            "vision_config": {
-                "hidden_size": 1280,
-                "intermediate_size": 5120,
-                "num_hidden_layers": 32,
-                "num_global_layers": 8,
-                "attention_heads": 16,
-                "image_size": 560,
-                "intermediate_layers_indices": [3, 7, 15, 23, 30],
-                "vision_output_dim": 7680,
-            },
+            "text_config": _qwen_text(8192, 29568, 80, 64, 8, 152064),
+            "vision_config": {**_QWEN2_VISION, "hidden_size": 8192},
         },
-        images={"size": {"height": 560, "width": 560}},
+        images=_QWEN_IMAGES,
     ),
+    "llama3_2_vision_11b": _llama(4096, 14336, 40, 32),
+    "llama3_2_vision_90b": _llama(8192, 28672, 100, 64),
     "pixtral_12b": RealSize(
         model_type="pixtral",
         config={

@@ -19,7 +19,10 @@ from vlm.data.prepared import PreparedDataset, PreparedRow
 from vlm.data.splits import SPLITS
 from vlm.errors import DataError, ResourceError
 from vlm.evaluation.predictions import Prediction, PredictionsSummary, write_predictions
+from vlm.families.pixels import PixelBytes
+from vlm.generation_batches import RowCosts, batches, memory_budget
 from vlm.lora.attach import attached
+from vlm.lora.peft_model import base_model
 
 if TYPE_CHECKING:
     from vlm.loading.checkpoint import LoadedModel
@@ -108,7 +111,7 @@ def predict(
         processing: Its processor.
         rows: The split.
         numbers: Row numbers.
-        batch_size: Rows answered at once.
+        batch_size: Rows answered at once, at most; fewer where memory asks for it.
         max_new_tokens: Longest answer.
         advance: Called with the number of rows that were just answered.
 
@@ -119,13 +122,19 @@ def predict(
         DataError: A row has no assistant turn to leave out.
         ResourceError: A single row does not fit into GPU memory.
     """
-    lengths = rows.num_tokens
-    # Longest first: what does not fit fails early, and batches of like length waste little.
-    order = sorted(range(len(numbers)), key=lambda place: (-int(lengths[numbers[place]]), place))
+    picked = np.asarray(numbers, dtype=np.int64)
+    base = base_model(model)
+    costs = RowCosts.of(base.config.to_dict(), processing.family, base.get_input_embeddings().weight.element_size())
     done: dict[int, Prediction] = {}
     with generating(model):
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
+        for places in batches(
+            (rows.num_tokens - rows.num_supervised_tokens)[picked].tolist(),
+            rows.num_visual_tokens[picked].tolist(),
+            costs,
+            most_rows=batch_size,
+            max_new_tokens=max_new_tokens,
+            budget_bytes=memory_budget(base.device),
+        ):
             batch = [rows[numbers[place]] for place in places]
             answers = answer_rows(model, processing, batch, max_new_tokens)
             done |= {place: _prediction(row, answer) for place, row, answer in zip(places, batch, answers, strict=True)}
@@ -217,7 +226,7 @@ def _answer(model: Any, processing: Processing, rows: Sequence[PreparedRow], max
     for number, prompt in enumerate(prompts):
         ids[number, length - len(prompt) :] = torch.tensor(prompt)
         mask[number, length - len(prompt) :] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask, **processing.model_inputs(ids, processing.pixel_inputs(images))}
+    inputs = {"input_ids": ids, "attention_mask": mask, **processing.model_inputs(ids, processing.pixel_bytes(images))}
     inputs = {name: _placed(value, model) for name, value in inputs.items()}
     generated = model.generate(**inputs, generation_config=_greedy(model.generation_config, processing, max_new_tokens))
     return [_finish(new, processing) for new in generated[:, length:].tolist()]
@@ -225,6 +234,8 @@ def _answer(model: Any, processing: Processing, rows: Sequence[PreparedRow], max
 
 def _placed(value: Any, model: Any) -> Any:
     """On the model's device, pixels in its precision: some vision towers take no other."""
+    if isinstance(value, PixelBytes):
+        return value.to(model.device).values(model.dtype)
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(model.device, model.dtype if value.is_floating_point() else None)

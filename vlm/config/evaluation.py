@@ -45,7 +45,12 @@ class GenerationConfig(Section):
 
     split: Literal["validation", "test"] = Field("test", description="Held-out rows to answer.")
     max_rows: int | None = Field(None, ge=1, description="Answers only the first rows of the split; None answers all.")
-    batch_size: int = Field(16, ge=1, le=1024, description="Conversations answered at once, sorted by length.")
+    batch_size: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        description="Conversations answered at once, at most, sorted by length; fewer where the device's memory asks for it.",
+    )
     max_new_tokens: int | None = Field(
         None,
         ge=1,

@@ -73,6 +73,11 @@ class TrainingConfig(Section):
         description="Run LoRA layers, feed-forward blocks, norms and rotary embedding as fused pieces, which keep less"
         " memory and take fewer passes over it.",
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="On a GPU, replay the layers of steps that are too small to keep it busy as CUDA graphs. Steps of many"
+        " tokens, dropout, and activations in host memory go without.",
+    )
     train_on_prompts: bool = Field(
         False, description="Put loss on the user's words too; off, only the assistant's words count."
     )

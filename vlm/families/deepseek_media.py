@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from vlm.errors import DataError
 from vlm.families.areas import within_area
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
-from vlm.families.tiles import cut_tiles, nearest_grid, normalised
+from vlm.families.pixels import PixelBytes, stacked
+from vlm.families.tiles import cut_tiles, nearest_grid
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,9 +140,9 @@ def pixel_inputs(
         global_view: Makes the global view of a page.
 
     Returns:
-        ``pixel_values`` of shape [images, 3, size, size]; ``pixel_values_local`` of shape [crops, 3, tile, tile] where
-        there are crops; ``num_local_patches``, the number of crops of each image, and with grids ``patches_grid``, their
-        [columns, rows], as plain lists; nothing for a batch without images.
+        ``pixel_values`` of shape [images, 3, size, size] and, where there are crops, ``pixel_values_local`` of shape [crops,
+        3, tile, tile], both still as bytes; ``num_local_patches``, the number of crops of each image, and with grids
+        ``patches_grid``, their [columns, rows], as plain lists; nothing for a batch without images.
     """
     import numpy as np
     from PIL import Image
@@ -161,9 +162,9 @@ def pixel_inputs(
             crops.extend(cut_tiles(processor, page, grid, tile))
     if not views:
         return {}
-    inputs: dict[str, Any] = {"pixel_values": normalised(processor, views), "num_local_patches": counts}
+    inputs: dict[str, Any] = {"pixel_values": PixelBytes.of(views, processor, stacked), "num_local_patches": counts}
     if crops:
-        inputs["pixel_values_local"] = normalised(processor, crops)
+        inputs["pixel_values_local"] = PixelBytes.of(crops, processor, stacked)
     if with_grids:
         inputs["patches_grid"] = grids
     return inputs

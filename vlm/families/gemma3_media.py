@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
-from vlm.families.tiles import normalised
+from vlm.families.pixels import PixelBytes, stacked
 
 if TYPE_CHECKING:
     import torch
@@ -59,12 +59,12 @@ def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, Any]:
         images: uint8 arrays of shape [side, side, 3] at their target size.
 
     Returns:
-        ``pixel_values`` of shape [images, 3, side, side]; nothing for a batch without images.
+        ``pixel_values`` of shape [images, 3, side, side], still as bytes; nothing for a batch without images.
     """
     flat = [image for row in images for image in row]
     size = target_size(parts, 0, 0, None, None)
     assert all(image.shape[:2] == size for image in flat), "images come at their target size"
-    return {"pixel_values": normalised(parts.image_processor, flat)} if flat else {}
+    return {"pixel_values": PixelBytes.of(flat, parts.image_processor, stacked)} if flat else {}
 
 
 def token_inputs(parts: MediaParts, input_ids: torch.Tensor, media: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -14,12 +14,13 @@ chance is stored as its canvas. So is one with a limit on its area, which allows
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlm.errors import ModelError
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
-from vlm.families.levels import byte_levels
+from vlm.families.pixels import Numbers, PixelBytes, stacked
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +101,7 @@ def image_layout(parts: MediaParts, height: int, width: int) -> ImageLayout:
     return (*pieces, "\n", *end)
 
 
-def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor]:
+def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, Any]:
     """Tiles of all images, with rows padded to the most tiles of a row.
 
     Padding is zero throughout, by which the model finds it; all else are whole tiles, so it needs no mask.
@@ -110,10 +111,9 @@ def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor
         images: For each row of the batch, uint8 arrays of shape [height, width, 3] at their target size.
 
     Returns:
-        ``pixel_values`` of shape [rows, tiles, 3, tile, tile]; nothing for a batch without images.
+        ``pixel_values`` of shape [rows, tiles, 3, tile, tile], still as bytes; nothing for a batch without images.
     """
     import numpy as np
-    import torch
     from PIL import Image
 
     tile = _tile(parts)
@@ -133,13 +133,22 @@ def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor
     num_frames = max((len(row) for row in frames), default=0)
     if num_frames == 0:
         return {}
-    levels = byte_levels(parts.image_processor)
-    values = np.zeros((len(frames), num_frames, 3, tile, tile), np.float32)
-    for row_values, row in zip(values, frames, strict=True):
-        for place, frame in zip(row_values, row, strict=False):  # what is left over is padding
-            for channel in range(3):
-                np.take(levels[channel], frame[:, :, channel], out=place[channel])
-    return {"pixel_values": torch.from_numpy(values)}
+    arrange = partial(
+        _tiles_of_rows, shape=(len(frames), num_frames, 3, tile, tile), counts=tuple(len(row) for row in frames)
+    )
+    return {"pixel_values": PixelBytes.of([frame for row in frames for frame in row], parts.image_processor, arrange)}
+
+
+def _tiles_of_rows(
+    frames: Sequence[torch.Tensor], numbers: Numbers, *, shape: tuple[int, ...], counts: Sequence[int]
+) -> torch.Tensor:
+    """Tiles row by row of the batch, of which each has `counts`; what is left over is padding."""
+    values, start = numbers.zeros(*shape), 0
+    tiles = stacked(frames, numbers)
+    for row, count in zip(values, counts, strict=True):
+        row[:count] = tiles[start : start + count]
+        start += count
+    return values
 
 
 def token_inputs(

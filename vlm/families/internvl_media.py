@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.families.areas import within_area
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
-from vlm.families.tiles import cut_tiles, nearest_grid, normalised
+from vlm.families.pixels import PixelBytes, stacked
+from vlm.families.tiles import cut_tiles, nearest_grid
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +65,7 @@ def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, Any]:
         images: uint8 arrays of shape [height, width, 3].
 
     Returns:
-        ``pixel_values`` of shape [views, 3, tile, tile]; nothing for a batch without images.
+        ``pixel_values`` of shape [views, 3, tile, tile], still as bytes; nothing for a batch without images.
     """
     import numpy as np
     from PIL import Image
@@ -78,7 +79,7 @@ def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, Any]:
         views.extend(cut_tiles(processor, page, grid, tile))
         if grid != (1, 1):
             views.extend(cut_tiles(processor, page, (1, 1), tile))
-    return {"pixel_values": normalised(processor, views)} if views else {}
+    return {"pixel_values": PixelBytes.of(views, processor, stacked)} if views else {}
 
 
 def token_inputs(parts: MediaParts, input_ids: torch.Tensor, media: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -7,14 +7,11 @@ checkpoints set to the side of a token; where it is the side of a patch, an odd 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Any
 
 from vlm.errors import DataError
 from vlm.families import pixtral_media
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
-
-if TYPE_CHECKING:
-    import torch
 
 IMAGE_TOKEN = "<|image_pad|>"
 # The last two stood for breaks and ends in training; the tokenizer still names them as such.
@@ -47,12 +44,12 @@ def image_layout(parts: MediaParts, height: int, width: int) -> ImageLayout:
     return (Run(IMAGE_TOKEN, (height // side) * (width // side)),)
 
 
-def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor]:
+def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, Any]:
     """All images of the batch, padded to the largest; the model cuts the padding off again.
 
     Returns:
-        ``pixel_values`` of shape [images, 3, height, width] and ``image_sizes`` of shape [images, 2] (height, width);
-        nothing for a batch without images.
+        ``pixel_values`` of shape [images, 3, height, width], still as bytes, and ``image_sizes`` of shape [images, 2]
+        (height, width); nothing for a batch without images.
     """
     return pixtral_media.pixel_inputs(_rounding(parts), images)
 

@@ -13,12 +13,13 @@ canvas and so all pixel values.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlm.families.areas import within_area
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
-from vlm.families.levels import byte_levels
+from vlm.families.pixels import Numbers, PixelBytes
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +88,7 @@ def image_layout(parts: MediaParts, height: int, width: int) -> ImageLayout:
     return (Run(IMAGE_TOKEN, 1),)
 
 
-def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor]:
+def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, Any]:
     """Tiles of all images, with rows padded to the most images of a row and images padded to the most tiles.
 
     Args:
@@ -95,40 +96,52 @@ def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor
         images: For each row of the batch, uint8 arrays of shape [height, width, 3] at their target size.
 
     Returns:
-        ``pixel_values`` of shape [rows, images, tiles, 3, tile, tile], ``aspect_ratio_ids`` of shape [rows, images]
-        (0 for padding) and ``aspect_ratio_mask`` of shape [rows, images, tiles]; nothing for a batch without images.
+        ``pixel_values`` of shape [rows, images, tiles, 3, tile, tile], still as bytes, ``aspect_ratio_ids`` of shape
+        [rows, images] (0 for padding) and ``aspect_ratio_mask`` of shape [rows, images, tiles]; nothing for a batch without images.
     """
-    import numpy as np
     import torch
 
     tile, max_tiles = _tiles(parts)
     num_images = max((len(row) for row in images), default=0)
     if num_images == 0:
         return {}
-    levels = byte_levels(parts.image_processor)
     arrangements = _arrangements(max_tiles)
-    values = np.zeros((len(images), num_images, max_tiles, 3, tile, tile), np.float32)
-    ids = np.zeros((len(images), num_images), np.int64)
-    mask = np.zeros((len(images), num_images, max_tiles), np.int64)
+    ids = torch.zeros((len(images), num_images), dtype=torch.int64)
+    mask = torch.zeros((len(images), num_images, max_tiles), dtype=torch.int64)
     mask[:, :, 0] = 1  # the stock processor marks the first tile of padding, too
+    places = []
     for row, row_images in enumerate(images):
         for number, image in enumerate(row_images):
             height, width, _ = image.shape
             canvas = _canvas(height, width, tile, max_tiles)
             assert _fit(height, width, canvas, tile) == (height, width), "images come at their target size"
             rows, columns = canvas[0] // tile, canvas[1] // tile
-            page = np.zeros((*canvas, 3), np.uint8)
-            page[:height, :width] = image
-            tiles = page.reshape(rows, tile, columns, tile, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, tile, tile)
-            for channel in range(3):
-                values[row, number, : len(tiles), channel] = levels[channel][tiles[:, channel]]
             ids[row, number] = arrangements.index((rows, columns)) + 1
-            mask[row, number, : len(tiles)] = 1
+            mask[row, number, : rows * columns] = 1
+            places.append((row, number, rows, columns))
+    arrange = partial(_tiles_of_rows, shape=(len(images), num_images, max_tiles, 3, tile, tile), places=tuple(places))
     return {
-        "pixel_values": torch.from_numpy(values),
-        "aspect_ratio_ids": torch.from_numpy(ids),
-        "aspect_ratio_mask": torch.from_numpy(mask),
+        "pixel_values": PixelBytes.of([image for row in images for image in row], parts.image_processor, arrange),
+        "aspect_ratio_ids": ids,
+        "aspect_ratio_mask": mask,
     }
+
+
+def _tiles_of_rows(
+    images: Sequence[torch.Tensor],
+    numbers: Numbers,
+    *,
+    shape: tuple[int, ...],
+    places: Sequence[tuple[int, int, int, int]],
+) -> torch.Tensor:
+    """Tiles of each image; `places` has its row, its number in that row, and the rows and columns of its canvas."""
+    values, tile = numbers.zeros(*shape), shape[-1]
+    for image, (row, number, rows, columns) in zip(images, places, strict=True):
+        page = image.new_zeros(rows * tile, columns * tile, 3)
+        page[: image.shape[0], : image.shape[1]] = image
+        cut = page.view(rows, tile, columns, tile, 3).permute(0, 2, 4, 1, 3).reshape(-1, 3, tile, tile)
+        values[row, number, : rows * columns] = numbers(cut, 1)
+    return values
 
 
 def token_inputs(

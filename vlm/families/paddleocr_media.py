@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from vlm.families import qwen_media
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
-from vlm.families.levels import byte_levels
+from vlm.families.pixels import Numbers, PixelBytes
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ def image_layout(parts: MediaParts, height: int, width: int) -> ImageLayout:
     return (Run(IMAGE_TOKEN, (height // side) * (width // side)),)
 
 
-def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor]:
+def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, Any]:
     """Patches of all images of the batch, one after the other, each image's row by row.
 
     Args:
@@ -59,10 +60,9 @@ def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor
         images: uint8 arrays of shape [height, width, 3] at their target size.
 
     Returns:
-        ``pixel_values`` of shape [patches, 3, patch, patch] and ``image_grid_thw`` of shape [images, 3] (time, rows,
-        columns, in patches); nothing for a batch without images.
+        ``pixel_values`` of shape [patches, 3, patch, patch], still as bytes, and ``image_grid_thw`` of shape [images, 3]
+        (time, rows, columns, in patches); nothing for a batch without images.
     """
-    import numpy as np
     import torch
 
     flat = [image for row in images for image in row]
@@ -70,16 +70,23 @@ def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor
         return {}
     patch = parts.image_processor.patch_size
     grids = [(1, image.shape[0] // patch, image.shape[1] // patch) for image in flat]
-    levels = byte_levels(parts.image_processor)
-    values = np.empty((sum(rows * columns for _, rows, columns in grids), 3, patch, patch), np.float32)
-    position = 0
     for image, (_, rows, columns) in zip(flat, grids, strict=True):
         assert image.shape[:2] == (rows * patch, columns * patch), "images come at their target size"
-        cut = image.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2).reshape(rows * columns, patch, patch, 3)
-        for channel in range(3):
-            values[position : position + rows * columns, channel] = levels[channel][cut[..., channel]]
-        position += rows * columns
-    return {"pixel_values": torch.from_numpy(values), "image_grid_thw": torch.tensor(grids, dtype=torch.int64)}
+    return {
+        "pixel_values": PixelBytes.of(flat, parts.image_processor, partial(_patches, patch=patch)),
+        "image_grid_thw": torch.tensor(grids, dtype=torch.int64),
+    }
+
+
+def _patches(images: Sequence[torch.Tensor], numbers: Numbers, *, patch: int) -> torch.Tensor:
+    """Patches of each image row by row."""
+    import torch
+
+    cut = []
+    for image in images:
+        split = image.reshape(image.shape[0] // patch, patch, image.shape[1] // patch, patch, 3)
+        cut.append(split.permute(0, 2, 4, 1, 3).reshape(-1, 3, patch, patch))
+    return numbers(torch.cat(cut), 1)
 
 
 def token_inputs(

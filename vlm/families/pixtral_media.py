@@ -7,12 +7,12 @@ a patch (Pixtral) or, where the projector merges patches, a square of them (Mist
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vlm.errors import DataError
 from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
-from vlm.families.levels import byte_levels
+from vlm.families.pixels import Numbers, PixelBytes
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def image_layout(parts: MediaParts, height: int, width: int) -> ImageLayout:
     return (*(row * rows)[:-1], Run(END_TOKEN, 1))
 
 
-def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor]:
+def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, Any]:
     """All images of the batch, padded to the largest; the model cuts the padding off again.
 
     Args:
@@ -88,25 +88,30 @@ def pixel_inputs(parts: MediaParts, images: RowImages) -> dict[str, torch.Tensor
         images: uint8 arrays of shape [height, width, 3] at their target size.
 
     Returns:
-        ``pixel_values`` of shape [images, 3, height, width] and ``image_sizes`` of shape [images, 2] (height, width);
-        nothing for a batch without images.
+        ``pixel_values`` of shape [images, 3, height, width], still as bytes, and ``image_sizes`` of shape [images, 2]
+        (height, width); nothing for a batch without images.
     """
-    import numpy as np
     import torch
 
     flat = [image for row in images for image in row]
     if not flat:
         return {}
-    levels = byte_levels(parts.image_processor)
     sizes = [image.shape[:2] for image in flat]
     side = pixels_per_token(parts)
     assert all(height % side == 0 and width % side == 0 for height, width in sizes), "images come at their target size"
-    largest = (max(height for height, _ in sizes), max(width for _, width in sizes))
-    values = np.zeros((len(flat), 3, *largest), np.float32)
-    for place, image, (height, width) in zip(values, flat, sizes, strict=True):
-        for channel in range(3):
-            place[channel, :height, :width] = levels[channel][image[:, :, channel]]
-    return {"pixel_values": torch.from_numpy(values), "image_sizes": torch.tensor(sizes, dtype=torch.int64)}
+    return {
+        "pixel_values": PixelBytes.of(flat, parts.image_processor, _padded),
+        "image_sizes": torch.tensor(sizes, dtype=torch.int64),
+    }
+
+
+def _padded(images: Sequence[torch.Tensor], numbers: Numbers) -> torch.Tensor:
+    """Images in the upper left of equal frames of zeros."""
+    largest = (max(image.shape[0] for image in images), max(image.shape[1] for image in images))
+    values = numbers.zeros(len(images), 3, *largest)
+    for place, image in zip(values, images, strict=True):
+        place[:, : image.shape[0], : image.shape[1]] = numbers(image.permute(2, 0, 1), 0)
+    return values
 
 
 def token_inputs(

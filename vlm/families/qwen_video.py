@@ -6,13 +6,17 @@ frames  0 1 | 2 3 | 4 4      an odd last frame makes a pair with itself
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm.families.family import ImageLayout, MediaParts, Run
-from vlm.families.levels import byte_levels
+from vlm.families.pixels import Numbers, PixelBytes
 from vlm.families.qwen_media import VIDEO_TOKEN
 from vlm.families.video import RowVideos, VideoInput
+
+if TYPE_CHECKING:
+    import torch
 
 
 def layout(parts: MediaParts, num_frames: int, height: int, width: int) -> ImageLayout:
@@ -32,11 +36,10 @@ def inputs(parts: MediaParts, videos: RowVideos, *, with_seconds: bool) -> dict[
         with_seconds: Give the time between pairs of frames, too, for models whose positions count in seconds.
 
     Returns:
-        ``pixel_values_videos`` of shape [patches, channels * temporal * patch * patch], ``video_grid_thw`` of shape
-        [videos, 3] (time, rows, columns, in patches), and perhaps ``second_per_grid_ts``, seconds per step in time of
+        ``pixel_values_videos`` of shape [patches, channels * temporal * patch * patch], still as bytes, ``video_grid_thw``
+        of shape [videos, 3] (time, rows, columns, in patches), and perhaps ``second_per_grid_ts``, seconds per step in time of
         each video, as a list: numbers that would lose their digits in 16 bit. Nothing for a batch without videos.
     """
-    import numpy as np
     import torch
 
     flat = [video for row in videos for video in row]
@@ -44,32 +47,39 @@ def inputs(parts: MediaParts, videos: RowVideos, *, with_seconds: bool) -> dict[
         return {}
     processor = parts.image_processor
     patch, merge, pair = processor.patch_size, processor.merge_size, processor.temporal_patch_size
-    levels = byte_levels(processor)
-    pieces, grids = [], []
-    for video in flat:
-        frames = video.frames
-        missing = -len(frames) % pair
-        if missing:
-            frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
-        num_frames, height, width, _ = frames.shape
+    grids = []
+    for num_frames, height, width, _ in (video.frames.shape for video in flat):
         assert height % (patch * merge) == 0, "frames come at their target size"
         assert width % (patch * merge) == 0, "frames come at their target size"
-        steps, rows, columns = num_frames // pair, height // patch, width // patch
-        split = frames.reshape(steps, pair, rows // merge, merge, patch, columns // merge, merge, patch, 3)
-        # Patches that are merged into one token follow each other; within a patch: channel, frame, row, column.
-        bytes_ = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(steps * rows * columns, 3, pair, patch * patch)
-        values = np.empty(bytes_.shape, np.float32)
-        for channel in range(3):
-            values[:, channel] = levels[channel][bytes_[:, channel]]
-        pieces.append(values.reshape(len(values), -1))
-        grids.append((steps, rows, columns))
+        grids.append((-(-num_frames // pair), height // patch, width // patch))
     made: dict[str, Any] = {
-        "pixel_values_videos": torch.from_numpy(np.concatenate(pieces)),
+        "pixel_values_videos": PixelBytes.of(
+            [video.frames for video in flat], processor, partial(_patches, patch=patch, merge=merge, pair=pair)
+        ),
         "video_grid_thw": torch.tensor(grids, dtype=torch.int64),
     }
     if with_seconds:
         made["second_per_grid_ts"] = [pair / video.frames_per_second for video in flat]
     return made
+
+
+def _patches(videos: Sequence[torch.Tensor], numbers: Numbers, *, patch: int, merge: int, pair: int) -> torch.Tensor:
+    """Patches that are merged into one token follow each other; within a patch: channel, frame, row, column."""
+    import torch
+
+    cut = []
+    for frames in videos:
+        missing = -len(frames) % pair
+        if missing:
+            frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+        steps, rows, columns = (
+            len(frames) // pair,
+            frames.shape[1] // (patch * merge),
+            frames.shape[2] // (patch * merge),
+        )
+        split = frames.reshape(steps, pair, rows, merge, patch, columns, merge, patch, 3)
+        cut.append(split.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3, pair, patch * patch))
+    return numbers(torch.cat(cut), 1).flatten(1)
 
 
 IN_STEPS = VideoInput(placeholder=VIDEO_TOKEN, layout=layout, inputs=partial(inputs, with_seconds=False))

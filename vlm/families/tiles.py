@@ -6,11 +6,8 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-from vlm.families.levels import byte_levels
-
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from PIL import Image
 
 
@@ -66,24 +63,3 @@ def cut_tiles(processor: Any, page: Image.Image, grid: tuple[int, int], tile: in
     stretched = np.asarray(page.resize((columns * tile, rows * tile), processor.resample))
     cut = stretched.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2)
     return cut.reshape(rows * columns, tile, tile, 3)
-
-
-def normalised(processor: Any, views: list[np.ndarray]) -> torch.Tensor:
-    """Bytes to the model's numbers, by a table of 256 levels per channel.
-
-    Args:
-        processor: Image processor.
-        views: uint8 arrays of shape [side, side, 3], at least one.
-
-    Returns:
-        float32 tensor of shape [views, 3, side, side].
-    """
-    import numpy as np
-    import torch
-
-    table = byte_levels(processor)
-    values = np.empty((len(views), 3, *views[0].shape[:2]), np.float32)
-    for number, view in enumerate(views):
-        for channel in range(3):
-            np.take(table[channel], view[:, :, channel], out=values[number, channel])
-    return torch.from_numpy(values)

@@ -17,9 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from vlm.kernels.frozen_linear import compute_dtype
-
-# One chunk's logits in float32: 256 MB, which still gives matrix products of 400 rows at 152,000 words.
-_CHUNK_BYTES = 256 * 2**20
+from vlm.kernels.limits import HEAD_CHUNK_BYTES
 
 
 def chunk_rows(num_words: int) -> int:
@@ -28,7 +26,7 @@ def chunk_rows(num_words: int) -> int:
     Args:
         num_words: Size of the vocabulary.
     """
-    return max(16, _CHUNK_BYTES // (4 * num_words))
+    return max(16, HEAD_CHUNK_BYTES // (4 * num_words))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -47,12 +45,16 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + rows)
             z = torch.nn.functional.linear(h[part], dense, None if bias is None else bias.to(h.dtype)).float()
             target = targets[part, None]
-            num_right += (z.argmax(-1, keepdim=True) == target).sum()
-            log_sum = torch.logsumexp(z, -1, keepdim=True)
-            total += (log_sum - z.gather(1, target)).sum()
+            top, likeliest = z.max(-1, keepdim=True)
+            num_right += (likeliest == target).sum()
+            # In the memory of z, one step after another: the copies of a whole chunk are what costs memory here.
+            of_target = z.gather(1, target).sub_(top)
+            dz = z.sub_(top).exp_()
+            sums = dz.sum(-1, keepdim=True)
+            total += (sums.log() - of_target).sum()
             if not (needs_h or needs_weight or needs_bias):
                 continue
-            dz = z.sub_(log_sum).exp_()
+            dz.div_(sums)
             dz.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
             narrow = dz.to(h.dtype)
             if dh is not None:

@@ -5,7 +5,7 @@ What is found, by structure and not by class:
 - **LoRA layers** of peft over a frozen dense or 4-bit layer. Dropout, DoRA, biases of the update, several adapters at
   once and 8-bit layers stay with peft.
 - **Feed-forward blocks**, gated or plain, all of whose projections are frozen linear layers or such LoRA layers.
-- **RMSNorms** whose weight is frozen.
+- **RMSNorms and LayerNorms** whose weights are frozen.
 - **Rotary embedding** of queries and keys, where Triton runs.
 
 What was found and what was left, and why, goes to the log. At the end of the block the model is as before.
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vlm.families import Family
 from vlm.kernels.frozen_linear import Projection
+from vlm.kernels.layer_norm import layer_norm
 from vlm.kernels.lora_linear import lora_linear
 from vlm.kernels.mlp import Adapted, mlp
 from vlm.kernels.rms_norm import rms_norm
@@ -90,6 +91,9 @@ def fused(model: Any, family: Family, pieces: Collection[Piece] = PIECES) -> Ite
             for module in model.modules():
                 if _is_frozen_rms_norm(module):
                     _replace_forward(module, partial(_norm_forward, module), stack)
+                    report.fused["norm"] += 1
+                elif _is_frozen_layer_norm(module):
+                    _replace_forward(module, partial(_layer_norm_forward, module), stack)
                     report.fused["norm"] += 1
         if "rotary" in pieces and use_triton(next(model.parameters())):
             report.fused["rotary"] = _install_rotary(model, stack)
@@ -237,6 +241,20 @@ def _is_frozen_rms_norm(module: Any) -> bool:
     )
 
 
+def _is_frozen_layer_norm(module: Any) -> bool:
+    return (
+        # The exact type: what is derived from it may normalise another dimension.
+        type(module) is torch.nn.LayerNorm
+        and len(module.normalized_shape) == 1
+        and module.weight is not None
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    )
+
+
+def _layer_norm_forward(module: Any, x: Tensor) -> Tensor:
+    return layer_norm(x, module.weight, module.bias, module.eps)
+
+
 def _norm_forward(module: Any, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, module.variance_epsilon)
 
@@ -271,4 +289,5 @@ def _rotary_forward(
     shaped = list(rotary(shaped[0], shaped[1], cos, sin))
     if heads_second_last:
         shaped = [x.transpose(1, 2) for x in shaped]
-    return (shaped[0], shaped[1]) if q.ndim == 4 else (shaped[0][0], shaped[1][0])
+    # Not `[0]`, whose gradient would be copied into zeros.
+    return (shaped[0], shaped[1]) if q.ndim == 4 else (shaped[0].squeeze(0), shaped[1].squeeze(0))

@@ -1,7 +1,8 @@
 """LoRA over a frozen linear layer as one autograd function (formula: `vlm.kernels.frozen_linear`).
 
 peft's own layer keeps, for each adapted projection, copies of x and of the update in other types, and the sum of both
-branches. This one keeps x, which neighbours such as the query, key and value projections share, and x Aᵀ of r columns.
+branches. This one keeps x, which neighbours such as the query, key and value projections share, and matrices of
+r rows or columns.
 """
 
 from __future__ import annotations
@@ -12,23 +13,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlm.kernels.frozen_linear import Projection, compute_dtype
+from vlm.kernels.frozen_linear import Projection, Update, compute_dtype
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, projection: Projection) -> Tensor:
-        y, xa = projection.forward(x, a, b)
-        ctx.projection = projection
+        y, update = projection.forward(x, a, b)
+        ctx.projection, ctx.dtype = projection, None if a is None else a.dtype
         # Without A's gradient, x is of no use to the backward pass.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, xa, a, b)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, *(update or ()))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, a, b = ctx.saved_tensors
-        gradients = ctx.projection.backward(dy, x, xa, a, b, needs=ctx.needs_input_grad[:3])
+        x, *kept = ctx.saved_tensors
+        update = Update(*kept) if kept else None
+        gradients = ctx.projection.backward(dy, x, update, needs=ctx.needs_input_grad[:3], dtype=ctx.dtype)
         return *gradients, None
 
 

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024
+# Places are counted in 32 bits, up to the end of the last block.
+_MOST_WEIGHTS = 2**31 - 2 * _BLOCK
 
 
 @triton.jit
@@ -29,11 +31,13 @@ def _kernel(  # type: ignore[no-untyped-def]
     table_ptr,
     out_ptr,
     num_bytes,
+    WIDTH: tl.constexpr,
+    ROW: tl.constexpr,
     BYTES_PER_SCALE: tl.constexpr,
     SCALES_PER_OUTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    first = tl.program_id(0) * BLOCK
     places = first + tl.arange(0, BLOCK)
     mask = places < num_bytes
     packed = tl.load(packed_ptr + places, mask=mask, other=0).to(tl.int32)
@@ -46,7 +50,11 @@ def _kernel(  # type: ignore[no-untyped-def]
     lower = tl.load(table_ptr + (packed & 15)) * scale
     both = tl.interleave(upper, lower)
     out_places = 2 * first + tl.arange(0, 2 * BLOCK)
-    tl.store(out_ptr + out_places, both.to(out_ptr.dtype.element_ty), mask=out_places < 2 * num_bytes)
+    mask = out_places < 2 * num_bytes
+    if ROW != WIDTH:
+        # Both are constants of the kernel, or the division would take longer than all else.
+        out_places = (out_places // WIDTH).to(tl.int64) * ROW + out_places % WIDTH
+    tl.store(out_ptr + out_places, both.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def takes(packed: Tensor, state: Any) -> bool:
@@ -60,21 +68,22 @@ def takes(packed: Tensor, state: Any) -> bool:
         state.nested
         and state.quant_type == "nf4"
         and packed.dtype == torch.uint8
-        and 2 * packed.numel() == state.shape.numel()
+        and 2 * packed.numel() == state.shape.numel() < _MOST_WEIGHTS
         and state.absmax.dtype == torch.uint8
     )
 
 
-def dequantized(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """The dense weight of shape [N, K].
+def dequantize_into(packed: Tensor, state: Any, out: Tensor) -> None:
+    """Unpacks a weight.
 
     Args:
         packed: The stored bytes.
         state: Its `QuantState`, of which `takes` is true.
-        dtype: Of the result.
+        out: Tensor of shape [N, K], whose rows may lie apart.
     """
-    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     inner = state.state2
+    # Where rows follow each other, all shapes share one kernel.
+    row, width = (0, 0) if out.is_contiguous() else (out.stride(0), out.shape[1])
     _kernel[(triton.cdiv(packed.numel(), _BLOCK),)](
         packed,
         state.absmax,
@@ -84,8 +93,9 @@ def dequantized(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
         state.code,
         out,
         packed.numel(),
+        WIDTH=width,
+        ROW=row,
         BYTES_PER_SCALE=state.blocksize // 2,
         SCALES_PER_OUTER=inner.blocksize,
         BLOCK=_BLOCK,
     )
-    return out

@@ -39,7 +39,7 @@ class _RmsNorm(torch.autograd.Function):
         if use_triton(x):
             from vlm.kernels import rms_norm_triton
 
-            return rms_norm_triton.backward(x, ctx.weight, rho, dy.contiguous()), None, None
+            return rms_norm_triton.backward(x, ctx.weight, rho, dy), None, None
         normal = x.float() * rho[:, None]
         scaled = dy.float() * ctx.weight.float()
         dx = rho[:, None] * (scaled - normal * (normal * scaled).mean(-1, keepdim=True))

@@ -22,13 +22,13 @@ def _forward_kernel(x_ptr, w_ptr, y_ptr, rho_ptr, stride, width, eps, BLOCK: tl.
 
 
 @triton.jit
-def _backward_kernel(x_ptr, w_ptr, rho_ptr, dy_ptr, dx_ptr, stride, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _backward_kernel(x_ptr, w_ptr, rho_ptr, dy_ptr, dx_ptr, stride, dy_stride, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < width
     x = tl.load(x_ptr + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + row * dy_stride + columns, mask=mask, other=0.0).to(tl.float32)
     rho = tl.load(rho_ptr + row)
     normal = x * rho
     scaled = dy * w
@@ -56,7 +56,11 @@ def backward(x: Tensor, weight: Tensor, rho: Tensor, dy: Tensor) -> Tensor:
     """Dx of shape [M, H]; see `vlm.kernels.rms_norm`."""
     if x.stride(1) != 1:
         x = x.contiguous()
+    if dy.stride(1) != 1:
+        dy = dy.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(x):
-        _backward_kernel[(len(x),)](x, weight, rho, dy, dx, x.stride(0), x.shape[1], **_launch(x.shape[1]))
+        _backward_kernel[(len(x),)](
+            x, weight, rho, dy, dx, x.stride(0), dy.stride(0), x.shape[1], **_launch(x.shape[1])
+        )
     return dx

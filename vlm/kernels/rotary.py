@@ -20,15 +20,19 @@ from vlm.kernels.triton_use import use_triton
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, backward=False)
+        return _rotated(q, cos, sin, backward=False), _rotated(k, cos, sin, backward=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotated(dy, cos, sin, backward=True), None, None
+        dq_dk = (
+            _rotated(dy, cos, sin, backward=True) if needed else None
+            for dy, needed in zip((dq, dk), ctx.needs_input_grad, strict=False)
+        )
+        return *dq_dk, None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
@@ -56,7 +60,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Returns:
         The rotated tensors, of the shapes and types of q and k.
     """
-    return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
+    rotated: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)
+    return rotated
 
 
 def rotary_eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

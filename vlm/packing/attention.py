@@ -231,8 +231,8 @@ def _varlen(
 ) -> torch.Tensor:
     kernel, names = _kernel()
     dtype, head = _dtype(query), query.shape[-1]
-    # [1, heads, tokens, head] to [tokens, heads, head]
-    query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    # [1, heads, tokens, head] to [tokens, heads, head]. The gradient of `tensor[0]` would be copied into zeros.
+    query, key, value = (tensor.squeeze(0).transpose(0, 1).to(dtype) for tensor in (query, key, value))
     options: dict[str, Any] = {}
     if scaling is not None and "scale" in names:
         options["scale"] = scaling

@@ -15,6 +15,7 @@ from vlm.config.data import BoxConvention
 from vlm.errors import DataError, ModelError
 from vlm.families import FAMILIES, Family, ImageLayout, MediaParts, PackedSamples, Run, Video
 from vlm.families.classes import transformers_class
+from vlm.families.pixels import finished
 from vlm.processing import files
 from vlm.processing.encoding import ChatEncoder, Encoded
 from vlm.processing.template import read_template
@@ -234,11 +235,25 @@ class Processing:
         """The model's image and video tensors.
 
         Args:
+            images: As for `pixel_bytes`.
+
+        Returns:
+            Tensors by the model's argument names, float32, and plain lists where it takes those; empty for no images.
+        """
+        return finished(self.pixel_bytes(images))
+
+    def pixel_bytes(
+        self, images: Sequence[np.ndarray | Video] | Sequence[Sequence[np.ndarray | Video]]
+    ) -> dict[str, Any]:
+        """The model's image and video tensors, with pixels still as bytes: small, and made without arithmetic.
+
+        Args:
             images: uint8 arrays of shape [height, width, 3] at their target size, and videos, as one list or as one list per
                 row of the batch. Families that pad images per row need the latter.
 
         Returns:
-            Tensors by the model's argument names, float32, and plain lists where it takes those; empty for no images.
+            `PixelBytes` in place of pixel tensors, sizes as tensors, and plain lists where the model takes those;
+            `finished` makes the pixel tensors on whatever device the bytes are then. Empty for no images.
         """
         rows: Any = images if images and isinstance(images[0], Sequence) else [images]
         videos = [[medium for medium in row if isinstance(medium, Video)] for row in rows]
@@ -253,7 +268,7 @@ class Processing:
 
         Args:
             input_ids: Tensor of shape [batch, sequence], padded.
-            pixel_inputs: What `pixel_inputs` gave for the batch.
+            pixel_inputs: What `pixel_inputs` or `pixel_bytes` gave for the batch.
 
         Returns:
             The pixel inputs, and what the family derives from the ids, such as ``mm_token_type_ids``.
@@ -272,7 +287,7 @@ class Processing:
             config: The model's `config.json`.
 
         Returns:
-            ``position_ids``, the pixel inputs, and ``packed_row``: where the samples end, as a list and as a tensor, and
+            ``position_ids``, the pixel inputs, still as bytes, and ``packed_row``: where the samples end, as a list and as a tensor, and
             what the family's packing needs beside.
         """
         import torch
@@ -284,7 +299,7 @@ class Processing:
             parts=self._parts,
             samples=samples,
             num_media=[len(own) for own in images],
-            media=self.pixel_inputs([[image for own in images for image in own]]),
+            media=self.pixel_bytes([[image for own in images for image in own]]),
             config=config,
         )
         row: dict[str, Any] = {"lengths": lengths, "ends": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)}

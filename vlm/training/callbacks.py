@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,9 @@ class StopAtStepBoundary(TrainerCallback):
 
 
 class Pace:
-    """Tokens and samples per second since the last report, without asking the device.
+    """Tokens and samples per second since the last report, and the share of that time in which the next batch was not there.
+
+    None of it asks the device.
 
     Args:
         tokens_of_step: Array of shape [steps]: tokens without padding.
@@ -71,10 +74,26 @@ class Pace:
         self._tokens, self._samples = tokens_of_step, samples_of_step
         self._step: int | None = None
         self._since = time.perf_counter()
+        self._waited = 0.0
 
     def start(self, step: int) -> None:
         """Starts to count after a step."""
-        self._step, self._since = step, time.perf_counter()
+        self._step, self._since, self._waited = step, time.perf_counter(), 0.0
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Counts the time in which a training has to wait for its next batch.
+
+        Args:
+            batches: Gives one batch after the other.
+        """
+        while True:
+            started = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - started
+            yield batch
 
     def leave_out(self, seconds: float) -> None:
         """Takes time off the clock that was spent on something other than training."""
@@ -89,6 +108,7 @@ class Pace:
         figures = {
             "tokens_per_second": float(self._tokens[done].sum()) / seconds,
             "samples_per_second": float(self._samples[done].sum()) / seconds,
+            "data_wait_share": self._waited / seconds,
         }
         self.start(step)
         return figures

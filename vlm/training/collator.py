@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlm.families.pixels import finished
+
 if TYPE_CHECKING:
     from vlm.data.prepared import PreparedRow
     from vlm.processing import Processing
@@ -23,6 +25,8 @@ class VisionDataCollator:
         train_on_prompts: Put loss on everything but padding and media tokens, rather than on the assistant's words.
         pad_to_multiple_of: Makes the length of every batch a multiple of this.
         model_config: The model's `config.json`, for packed rows; None for padded batches only.
+        pixels_as_bytes: Give pixels as `PixelBytes`, a fraction of the work and of the memory; whoever takes the batch makes
+            tensors of them on the model's device (`vlm.families.pixels.finished`).
     """
 
     def __init__(
@@ -32,11 +36,13 @@ class VisionDataCollator:
         train_on_prompts: bool = False,
         pad_to_multiple_of: int = 1,
         model_config: Mapping[str, Any] | None = None,
+        pixels_as_bytes: bool = False,
     ) -> None:
         self.processing = processing
         self.train_on_prompts = train_on_prompts
         self.pad_to_multiple_of = pad_to_multiple_of
         self.model_config = model_config
+        self.pixels_as_bytes = pixels_as_bytes
         self._media = torch.tensor(sorted(processing.media_token_ids), dtype=torch.long)
 
     def __call__(self, rows: Sequence[PreparedRow]) -> dict[str, Any]:
@@ -59,13 +65,15 @@ class VisionDataCollator:
             ids[position, : len(own)] = own
             mask[position, : len(own)] = 1
             labels[position, : len(own)] = self.labels_of(row, own)
-        pixels = self.processing.pixel_inputs([list(row.images) for row in rows])
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": labels,
-            **self.processing.model_inputs(ids, pixels),
-        }
+        pixels = self.processing.pixel_bytes([list(row.images) for row in rows])
+        return self._with_pixels(
+            {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "labels": labels,
+                **self.processing.model_inputs(ids, pixels),
+            }
+        )
 
     def pack(self, rows: Sequence[PreparedRow]) -> dict[str, Any]:
         """Puts rows behind each other into one, without padding; for `vlm.packing.model.packed`.
@@ -82,11 +90,16 @@ class VisionDataCollator:
         labels = [self.labels_of(row, own) for row, own in zip(rows, samples, strict=True)]
         for own in labels:
             own[:1] = IGNORED
-        return {
-            "input_ids": torch.cat(samples)[None],
-            "labels": torch.cat(labels)[None],
-            **self.processing.packed_inputs(samples, [list(row.images) for row in rows], self.model_config),
-        }
+        return self._with_pixels(
+            {
+                "input_ids": torch.cat(samples)[None],
+                "labels": torch.cat(labels)[None],
+                **self.processing.packed_inputs(samples, [list(row.images) for row in rows], self.model_config),
+            }
+        )
+
+    def _with_pixels(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch if self.pixels_as_bytes else finished(batch)
 
     def labels_of(self, row: PreparedRow, ids: torch.Tensor) -> torch.Tensor:
         """The ids of shape [tokens] of one row where they carry loss, else -100."""

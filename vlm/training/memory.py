@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm.families import Family
+from vlm.kernels.limits import HEAD_CHUNK_BYTES, HEAD_COPIES
 from vlm.training.activation import ActivationPlan
 
 _HIDDEN_UNITS, _INTERMEDIATE_UNITS = 12.0, 6.5
@@ -33,10 +34,6 @@ _OUTSIDE_HIDDEN_UNITS = 5.0
 _OFFLOADS_IN_FLIGHT = 2
 # The share of the activation estimate that no run has been seen to stay under.
 _CERTAIN_SHARE = 0.7
-# The head's loss makes logits for as many rows as fit into this much in float32 (`vlm.kernels.head_loss`); beside them
-# live their copies in 16 bit before and after the softmax.
-_HEAD_CHUNK_BYTES = 256 * 2**20
-_HEAD_COPIES = 2.0
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}
 
 
@@ -234,5 +231,5 @@ def estimate_memory(
         weights_bytes=weights_bytes,
         adapter_bytes=int(num_trainable * (4 + 4 + _OPTIMIZER_BYTES[optimizer])),
         activations_bytes=int(activation_bytes),
-        logits_bytes=int(_HEAD_COPIES * min(length_tokens * vocabulary * 4, _HEAD_CHUNK_BYTES)),
+        logits_bytes=int(HEAD_COPIES * min(length_tokens * vocabulary * 4, HEAD_CHUNK_BYTES)),
     )

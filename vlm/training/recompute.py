@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm.families import Family
 from vlm.training.activation import ActivationPlan
+from vlm.training.capture import CapturedLayer, Stack, capturable
 
 # Smaller inputs, such as positions, are not worth a copy.
 _OFFLOADED_VALUES = 2**14
@@ -22,7 +23,12 @@ _OFFLOADED_VALUES = 2**14
 
 @contextmanager
 def recomputed(
-    model: Any, family: Family, plan: ActivationPlan, *, min_offloaded: int = _OFFLOADED_VALUES
+    model: Any,
+    family: Family,
+    plan: ActivationPlan,
+    *,
+    min_offloaded: int = _OFFLOADED_VALUES,
+    stacks: tuple[Stack, Stack] | None = None,
 ) -> Iterator[None]:
     """Recomputes the layers of a plan for the length of a block.
 
@@ -33,20 +39,24 @@ def recomputed(
         family: Its row of the table, which says what a layer is.
         plan: How many layers at the start of each tower, and whether their inputs go to the host's memory.
         min_offloaded: Inputs of fewer values stay on the device.
+        stacks: Where layers of the vision tower and of the language model keep CUDA graphs; None for no graphs.
     """
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     if plan.offload:
         around = _HostMemory(min_offloaded).hooks
     with ExitStack() as stack:
-        for pattern, count in (
-            (family.vision_layer, plan.recomputed_vision),
-            (family.language_layer, plan.recomputed_language),
+        for number, (pattern, count) in enumerate(
+            ((family.vision_layer, plan.recomputed_vision), (family.language_layer, plan.recomputed_language))
         ):
             layers = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
-            for layer in layers if count is None else layers[:count]:
-                own = layer.__dict__.get("forward")
-                layer.forward = partial(_forward, layer, layer.forward, around)
-                stack.callback(_restore, layer, own)
+            for index, layer in enumerate(layers):
+                stack.callback(_restore, layer, layer.__dict__.get("forward"))
+                stock = layer.forward
+                recompute = count is None or index < count
+                if recompute:
+                    layer.forward = partial(_forward, layer, stock, around)
+                if stacks is not None and capturable(layer):
+                    layer.forward = CapturedLayer(stacks[number], layer, stock, layer.forward, recompute)
         yield
 
 

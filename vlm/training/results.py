@@ -42,6 +42,9 @@ class TrainingSummary(Summary):
     """Median over the logged stretches of this run."""
     samples_per_second: float | None
     """Median over the logged stretches of this run."""
+    data_wait_share: float | None
+    """Share of the time in which the training waited for its next batch, from 0 to 1: median over the logged stretches of
+    this run. Well above 0, images and not the model set the pace."""
     peak_memory_bytes: int | None
     """Most GPU memory that PyTorch held at once; None on a CPU."""
     parameters_without_gradient: list[str]
@@ -104,6 +107,7 @@ def write_results(
         wall_seconds=round(wall_seconds, 3),
         tokens_per_second=median("tokens_per_second"),
         samples_per_second=median("samples_per_second"),
+        data_wait_share=median("data_wait_share"),
         peak_memory_bytes=peak,
         parameters_without_gradient=sorted(parameters_without_gradient),
     )
@@ -130,6 +134,7 @@ def history_lines(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         "mean_token_accuracy",
         "tokens_per_second",
         "samples_per_second",
+        "data_wait_share",
     )
     lines = []
     for entry in history:

@@ -109,17 +109,45 @@ def _norm(device: str, dtype: torch.dtype) -> Forms:
     )
 
 
-def _swiglu(device: str, dtype: torch.dtype) -> Forms:
-    from vlm.kernels.swiglu import swiglu, swiglu_backward
+def _layer_norm(device: str, dtype: torch.dtype) -> Forms:
+    from vlm.kernels.layer_norm import layer_norm, layer_norm_eager
 
     make = _numbers(device, dtype)
-    gate, up, slope = make(13, 200), make(13, 200), make(13, 200)
-    plain = [tensor.float().requires_grad_(True) for tensor in (gate, up)]
-    output = torch.nn.functional.silu(plain[0]) * plain[1]
-    expected = torch.autograd.grad(output, plain, slope.float())
-    found = {"output": swiglu(gate.clone(), up.clone())}
-    found["gradient 0"], found["gradient 1"] = swiglu_backward(gate, up, slope.clone())
-    return found, {"output": output.detach(), "gradient 0": expected[0], "gradient 1": expected[1]}
+    weight, bias = make(192), make(192)
+    return _both(
+        lambda x: layer_norm(x, weight, bias, 1e-6),
+        lambda x: layer_norm_eager(x, weight.float(), bias.float(), 1e-6),
+        make(3, 7, 192),
+    )
+
+
+def _activations(device: str, dtype: torch.dtype) -> Forms:
+    from vlm.kernels.activation import activate, activate_backward
+
+    functional = torch.nn.functional
+    plain: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": functional.silu,
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+        "gelu": functional.gelu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    }
+    make = _numbers(device, dtype)
+    found: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
+    for name, function in plain.items():
+        gated = name == "silu"
+        parts, slope = [make(13, 200) for _ in range(2 if gated else 1)], make(13, 200)
+        leaves = [part.detach().float().requires_grad_(True) for part in parts]
+        output = function(leaves[0]) * leaves[1] if gated else function(leaves[0])
+        expected[f"{name} output"] = output.detach()
+        expected[f"{name} gradient"] = torch.cat(torch.autograd.grad(output, leaves, slope.float()), 1)
+        inner = torch.cat(parts, 1)
+        found[f"{name} output"] = out = torch.empty_like(slope)
+        activate(inner, function, gated=gated, out=out, name=name)
+        # The slope stands where the gradient of the last part comes.
+        found[f"{name} gradient"] = gradient = torch.cat([slope] * len(parts), 1)
+        activate_backward(inner, function, gated=gated, gradient=gradient, name=name)
+    return found, expected
 
 
 def _rotary(device: str, dtype: torch.dtype) -> Forms:
@@ -138,11 +166,18 @@ def _rotary(device: str, dtype: torch.dtype) -> Forms:
 def _dequantization(device: str, dtype: torch.dtype) -> Forms:
     import bitsandbytes.functional as bnb
 
-    from vlm.kernels.frozen_linear import dequantized
+    from vlm.kernels.frozen_linear import dequantize_into, dequantized
 
     weight = _numbers(device, dtype)(48, 128)
     packed, state = bnb.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
-    return {"weight": dequantized(packed, state, dtype)}, {"weight": bnb.dequantize_4bit(packed, state)}
+    # Rows beside each other, and with room for an update between them.
+    bordered = weight.new_empty(48, 136)[:, :128]
+    dequantize_into(packed, state, bordered)
+    expected = bnb.dequantize_4bit(packed, state)
+    return {"weight": dequantized(packed, state, dtype), "bordered": bordered}, {
+        "weight": expected,
+        "bordered": expected,
+    }
 
 
 def _attention(device: str, dtype: torch.dtype) -> Forms:
@@ -194,6 +229,7 @@ def _plain_segments(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> 
 
 _PIECES: dict[str, Callable[[str, torch.dtype], Forms]] = {
     "RMSNorm": _norm,
-    "SwiGLU": _swiglu,
+    "LayerNorm": _layer_norm,
+    "activations": _activations,
     "rotary embedding": _rotary,
 }

@@ -23,7 +23,6 @@ from vlm.lora.peft_model import (
     CONFIG_FILE,
     TARGETS_FILE,
     WEIGHTS_FILE,
-    adapter_parameters,
     base_model,
     save_tensors,
 )
@@ -160,8 +159,6 @@ def train_adapter(
             # Full fine-tuning has no configuration of an adapter.
             if (adapter_dir / name).is_file():
                 shutil.copyfile(adapter_dir / name, output_dir / "adapter" / name)
-        optimizer = trainer.optimizer
-        assert optimizer is not None, "made when training began"
         return write_results(
             trainer.state.log_history,
             output_dir / "training",
@@ -172,10 +169,7 @@ def train_adapter(
             resumed_from_step=resume[0] if resume else None,
             wall_seconds=time.perf_counter() - started,
             device=loaded.device,
-            # Optimisers keep no state for what never had a gradient, and a resumed training gets the state back.
-            parameters_without_gradient=[
-                name for name, parameter in adapter_parameters(peft_model).items() if not optimizer.state.get(parameter)
-            ],
+            parameters_without_gradient=trainer.parameters_without_gradient(),
         )
 
 
@@ -204,7 +198,9 @@ def _trainer(
     from vlm.training.arguments import training_arguments
     from vlm.training.best import KeepBest
     from vlm.training.callbacks import Pace, ProgressBar, StopAtStepBoundary
+    from vlm.training.capture import graph_stacks
     from vlm.training.collator import VisionDataCollator
+    from vlm.training.memory import towers
     from vlm.training.rates import check_rates, rates_by_part, split_groups
     from vlm.training.recompute import recomputed
     from vlm.training.rounds import AnswerRounds
@@ -219,9 +215,11 @@ def _trainer(
     stack.enter_context(forward_restored(base))
     if training.fused_kernels:
         stack.enter_context(fused(base, loaded.family))
-    stack.enter_context(recomputed(base, loaded.family, ActivationPlan(**plan.activations)))
     collator = VisionDataCollator(
-        loaded.processing, train_on_prompts=training.train_on_prompts, model_config=base.config.to_dict()
+        loaded.processing,
+        train_on_prompts=training.train_on_prompts,
+        model_config=base.config.to_dict(),
+        pixels_as_bytes=True,
     )
     collate: Callable[..., dict[str, Any]] = collator
     if plan.packing:
@@ -233,6 +231,17 @@ def _trainer(
     validation = PreparedDataset(dataset_dir, "validation")
     batches = datasets.Dataset.from_file(str(plan_dir / BATCHES_FILE))
     lengths = np.asarray(rows.num_tokens)
+    activations = ActivationPlan(**plan.activations)
+    stacks = None
+    if training.cuda_graphs:
+        patches = towers(base.config.to_dict(), loaded.family)[2] * np.asarray(rows.num_visual_tokens)
+        stacks = graph_stacks(
+            peft_model,
+            activations,
+            most_patches=max(int(patches[batch].sum()) for batch in batches["rows"]),
+            most_tokens=plan.largest_micro_batch_tokens,
+        )
+    stack.enter_context(recomputed(base, loaded.family, activations, stacks=stacks))
     pace = Pace(*_work_of_steps(batches, lengths, plan.num_steps))
     pace.start(first_step)
     progress = ProgressBar()
@@ -255,6 +264,7 @@ def _trainer(
         identity=identity,
         pace=pace,
         split_groups=partial(split_groups, family=loaded.family, rates=rates) if rates else None,
+        stacks=stacks or (),
         best=best,
         # A round's figures come before they are compared, and the stop flag is looked at last, so that nothing else of
         # the step is left out.

@@ -19,6 +19,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,11 +34,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from vlm.errors import ConfigError
-from vlm.lora.peft_model import WEIGHTS_FILE, base_model, load_tensors, save_tensors
+from vlm.families.pixels import PixelBytes
+from vlm.lora.peft_model import WEIGHTS_FILE, adapter_parameters, base_model, load_tensors, save_tensors
 from vlm.training import checkpoints
 from vlm.training.best import KeepBest
 from vlm.training.callbacks import Pace
+from vlm.training.capture import Stack
 from vlm.training.collator import IGNORED
+from vlm.training.flat import FlatParameters
 from vlm.training.loss import add_supervised_loss
 from vlm.training.shrinking import Shrinking
 
@@ -59,6 +63,7 @@ class AdapterTrainer(SFTTrainer):
         identity: Of the training, for its checkpoints.
         pace: Counts tokens and samples.
         split_groups: Changes the optimiser's parameter groups before its first step, given their names.
+        stacks: Where the model's layers keep CUDA graphs.
         best: Keeps the best adapter, and is one of the callbacks; its state goes into the checkpoints.
         callbacks: More `TrainerCallback`s.
     """
@@ -77,10 +82,13 @@ class AdapterTrainer(SFTTrainer):
         identity: str,
         pace: Pace,
         split_groups: Callable[[list[dict[str, Any]], dict[Any, str]], list[dict[str, Any]]] | None = None,
+        stacks: Sequence[Stack] = (),
         best: KeepBest | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         self._best = best
+        self._stacks = stacks
+        self._flat: FlatParameters | None = None
         self._validation = validation
         self._collate_validation = collate_validation
         self._identity = identity
@@ -123,13 +131,36 @@ class AdapterTrainer(SFTTrainer):
         return 0
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The usual optimiser; its groups are split where parts have learning rates of their own."""
+        """The usual optimiser; its groups are split where parts have learning rates of their own.
+
+        On a GPU an adapter's parameters become slices of long ones. Full fine-tuning has few and large ones, and scaled
+        float16 gradients are looked at one by one before the optimiser sees them.
+        """
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if made and self._split_groups is not None:
             names = {parameter: name for name, parameter in self._peft_model.named_parameters()}
             optimizer.param_groups[:] = self._split_groups(optimizer.param_groups, names)
+        if made and self.args.device.type == "cuda" and self._is_adapter() and not self.args.fp16:
+            self._flat = FlatParameters(optimizer)
+            for stack in self._stacks:
+                stack.gradients.update(self._flat.gradients)
         return optimizer
+
+    def _is_adapter(self) -> bool:
+        names = [name for name, parameter in self._peft_model.named_parameters() if parameter.requires_grad]
+        return any("lora_" in name for name in names) and not any(
+            "embed" in name or "lm_head" in name for name in names
+        )
+
+    def parameters_without_gradient(self) -> list[str]:
+        """Names of trained parameters that never had a gradient, over all of a resumed training."""
+        parameters = adapter_parameters(self._peft_model)
+        if self._flat is not None:
+            return self._flat.without_gradient(parameters)
+        # Optimisers keep no state for them, and a resumed training gets the state back.
+        assert self.optimizer is not None, "made when training began"
+        return [name for name, parameter in parameters.items() if not self.optimizer.state.get(parameter)]
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Matrices decay; norms, biases and DoRA's magnitudes do not.
@@ -158,6 +189,17 @@ class AdapterTrainer(SFTTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         micro_batches = [micro_batch for step in batch_samples for micro_batch in step["micro_batches"]]
         return super()._get_num_items_in_batch(micro_batches, device)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The next step's batch, and how long it was waited for."""
+        return super().get_batch_samples(self._pace.timed(epoch_iterator), num_batches, device)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device, where bytes become the tensor that the model takes, in the precision that it computes in."""
+        if isinstance(data, PixelBytes):
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            return data.to(self.args.device).values(dtype)
+        return super()._prepare_input(data)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward over all micro-batches of a step.
@@ -206,7 +248,7 @@ class AdapterTrainer(SFTTrainer):
         was_training = model.training
         model.eval()
         total, num_tokens = 0.0, 0
-        for batch in map(self._collate_validation, self._validation):
+        for batch in _one_ahead(self._collate_validation, self._validation):
             num_batch = int((batch["labels"][:, 1:] != IGNORED).sum())
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -278,6 +320,16 @@ def _collate_step(collate: Callable[[Rows], dict[str, Any]], items: Sequence[Any
     (step,) = items
     rows = [list(part) for part in step["micro_batches"]]
     return {"rows": rows, "micro_batches": [collate(part) for part in rows]}
+
+
+def _one_ahead(collate: Callable[[Rows], dict[str, Any]], batches: Sequence[Rows]) -> Iterator[dict[str, Any]]:
+    """Collates the next batch while the last one is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(collate, batches[0])
+        for rows in batches[1:]:
+            batch, waiting = waiting, pool.submit(collate, rows)
+            yield batch.result()
+        yield waiting.result()
 
 
 @contextmanager

@@ -246,7 +246,7 @@ class TestImages:
         assert [int((values[:10] > -0.5).sum()), int((values[-10:] > -0.5).sum())] == [2, 1]
         second = FAMILIES["deepseek_ocr2"].pixel_inputs
         assert isinstance(second, partial)
-        values = second(published._parts, [[page]])["pixel_values"][0, 0, :, 0]
+        values = second(published._parts, [[page]])["pixel_values"].values()[0, 0, :, 0]
         assert [int((values[:10] > -0.5).sum()), int((values[-10:] > -0.5).sum())] == [1, 2]
 
     def test_sizes_are_kept_within_the_limits_of_a_run(self, published: Processing) -> None:

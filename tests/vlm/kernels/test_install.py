@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+import vlm.kernels
 from tests.support.tiny_models import TINY
 from tests.support.tiny_runs import batch_of
 from vlm.config import LoraConfig
 from vlm.families import FAMILIES
+from vlm.kernels import activation
 from vlm.kernels.install import fused
 from vlm.lora.attach import attached
 from vlm.lora.build import build_adapter
@@ -39,7 +43,16 @@ def step(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tens
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_whole_models(tiny_run: Callable, tmp_path: Path, model_type: str, quantization: str) -> None:
+def test_whole_models(
+    tiny_run: Callable, tmp_path: Path, model_type: str, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str | None] = []
+
+    def watched(*args: Any, name: str | None, **kwargs: Any) -> None:
+        names.append(name)
+        activation.activate(*args, name=name, **kwargs)
+
+    monkeypatch.setattr("vlm.kernels.mlp.activate", watched)
     run = tiny_run(model_type, quantization)
     lora = TINY[model_type].possible(LoraConfig(rank=4, finetune_projector=True))
     build_adapter(run.loaded, lora, tmp_path / "adapter")
@@ -69,14 +82,53 @@ def test_whole_models(tiny_run: Callable, tmp_path: Path, model_type: str, quant
     # Experts are adapted in another way, and are no linear layers.
     experts = sum("experts" in key and "shared" not in key for key in gradients if "lora_A" in key)
     assert report.fused["linear"] == num_layers - experts
-    # Gemma's norms multiply by one more than their weight, and stay with transformers.
-    assert report.fused["norm"] >= 4 if model_type != "gemma3" else report.fused["norm"] == 0
+    # Gemma's RMSNorms multiply by one more than their weight, and stay with transformers.
+    stock = [module for module in run.loaded.model.modules() if type(module) is torch.nn.LayerNorm]
+    assert report.fused["norm"] >= 4 + len(stock) if model_type != "gemma3" else report.fused["norm"] == len(stock)
     assert not report.left
     # Every layer has one block; a layer of experts has them shared. Where gate and up projection are joined, only their
     # linear layers are fused.
     joined = [key for key in gradients if key.endswith("mlp.gate_up_proj.lora_A.weight")]
     assert len(joined) == (2 if model_type == "glm_ocr" else 0)
     assert report.fused["mlp"] == len(layers) - len(joined)
+    # Every activation is one that a kernel knows; forward, and again in the backward pass.
+    assert None not in names
+    assert len(names) >= 2 * report.fused["mlp"]
+
+
+def test_the_kernels_of_activations_are_called(
+    tiny_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Triton runs, the blocks of a model from transformers go through its kernels."""
+    calls: list[tuple[str, str]] = []
+
+    def forward(inner: torch.Tensor, name: str, *, gated: bool, out: torch.Tensor) -> None:
+        calls.append(("forward", name))
+        assert gated
+        g, u = inner.chunk(2, 1)
+        torch.mul(torch.nn.functional.silu(g), u, out=out)
+
+    def backward(inner: torch.Tensor, name: str, *, gated: bool, gradient: torch.Tensor) -> None:
+        calls.append(("backward", name))
+
+    kernels = types.ModuleType("vlm.kernels.activation_triton")
+    kernels.forward, kernels.backward = forward, backward  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vlm.kernels.activation_triton", kernels)
+    monkeypatch.setattr(vlm.kernels, "activation_triton", kernels, raising=False)
+    run = tiny_run("qwen2_5_vl")
+    build_adapter(run.loaded, LoraConfig(rank=4), tmp_path)
+    batch = batch_of(run.loaded, run.dataset_dir, "train", [0])
+    with attached(run.loaded, tmp_path, trainable=True) as model:
+        spread(model)
+        model.train()
+        monkeypatch.setattr(activation, "use_triton", lambda x: True)
+        with fused(base_model(model), run.loaded.family, ["mlp"]) as report:
+            step(model, batch)
+        model.eval()
+    num_blocks = report.fused["mlp"]
+    assert num_blocks
+    assert calls.count(("forward", "silu")) == 2 * num_blocks
+    assert calls.count(("backward", "silu")) == num_blocks
 
 
 def test_what_stays_with_peft(tiny_run: Callable, tmp_path: Path) -> None:

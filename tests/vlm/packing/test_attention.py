@@ -117,6 +117,31 @@ def test_what_the_kernel_is_given(
     assert_same(found, expected.double(), inputs)
 
 
+def test_gradients_reach_the_kernels_inputs_as_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking the batch of one off by its index would fill a tensor with zeros for every gradient."""
+
+    def sums(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        return query + key.sum() + value.sum()
+
+    names = frozenset(inspect.signature(slow_varlen).parameters)
+    monkeypatch.setattr(attention, "_kernel", lambda: (sums, names))
+    monkeypatch.setattr(attention, "takes_varlen", lambda query: True)
+    nodes, found = [attend(*tensors(5, 5), Segments(ends_of((5,)), (5,))).grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            found.add(type(node).__name__)
+            nodes += [parent for parent, _ in node.next_functions]
+    assert found == {
+        "AccumulateGrad",
+        "AddBackward0",
+        "SumBackward0",
+        "SqueezeBackward1",
+        "TransposeBackward0",
+        "UnsqueezeBackward0",
+    }
+
+
 @pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.packing is not None])
 def test_whole_models_through_the_kernel(tiny_run: Callable, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = tiny_run(model_type).loaded

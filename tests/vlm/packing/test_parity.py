@@ -17,6 +17,7 @@ from vlm.lora.build import build_adapter
 from vlm.lora.peft_model import base_model
 from vlm.packing.model import packed
 from vlm.training.activation import ActivationPlan
+from vlm.training.capture import Rerun, Stack
 from vlm.training.recompute import recomputed
 
 PACKABLE = [model_type for model_type, family in FAMILIES.items() if family.packing is not None]
@@ -131,6 +132,26 @@ def test_packed_with_recomputation(setting: Callable[[str], Setting], model_type
     with recomputed(base_model(made.model), made.loaded.family, ActivationPlan(None, None)):
         again = made.packed(made.rows)
     assert_same(again, plain)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["keep", "recompute"])
+@pytest.mark.parametrize("model_type", PACKABLE)
+def test_packed_through_captured_layers(setting: Callable[[str], Setting], model_type: str, kept: bool) -> None:
+    made = setting(model_type)
+    # Of several lengths, so that some share a graph and some do not; neither order nor what came before may matter.
+    packs = [made.rows, made.rows[:3], made.rows[3:], made.rows[1:2] * 3]
+    expected = [made.packed(pack) for pack in packs]
+    stacks = Stack(Rerun), Stack(Rerun)
+    plan = ActivationPlan(0, 0) if kept else ActivationPlan(None, 1)
+    with recomputed(base_model(made.model), made.loaded.family, plan, stacks=stacks):
+        for number in (0, 1, 0, 1, 2, 3, 0, 3, 2, 1, 2, 0, 3):
+            loss, gradients = made.packed(packs[number])
+            assert_same((loss, {name: own.clone() for name, own in gradients.items()}), expected[number])
+        # Gradients of several packs add up.
+        both = made.packed(made.rows, 2)
+        assert_same(both, expected[0])
+    # Layers that are given more than this knows go without.
+    assert stacks[1].num_replays or model_type == "mllama"
 
 
 @pytest.mark.parametrize("model_type", PACKABLE)

@@ -1,11 +1,17 @@
+import copy
+import pickle
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.support.tiny_models import TINY
 from tests.support.tiny_runs import batch_of
 from vlm.data.prepared import PreparedDataset
 from vlm.families import FAMILIES
+from vlm.families.pixels import PixelBytes, finished
 from vlm.training.collator import IGNORED, VisionDataCollator
 
 
@@ -68,3 +74,63 @@ def test_image_tensors_follow_the_rows(tiny_run: Callable, model_type: str) -> N
         assert batch["pixel_values"].shape[0] == 24 + 16 + 40
     text_only = batch_of(run.loaded, run.dataset_dir, "train", [2])
     assert set(text_only) - {"mm_token_type_ids", "token_type_ids"} == {"input_ids", "attention_mask", "labels"}
+
+
+class ReachedError(Exception):
+    pass
+
+
+def first_of_the_tower(model: Any, family: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """What the vision tower's first layer gets; nothing behind it runs."""
+
+    def stop(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        raise ReachedError(args[0])
+
+    convolutions = torch.nn.Conv2d | torch.nn.Conv3d
+    layer = next(
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, convolutions) and module.in_channels == 3 and family.part_of(name) == "vision"
+    )
+    handle = layer.register_forward_pre_hook(stop)
+    try:
+        with pytest.raises(ReachedError) as reached, torch.no_grad():
+            model(**{name: value for name, value in batch.items() if name != "labels"})
+    finally:
+        handle.remove()
+    return reached.value.args[0]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_bytes_become_the_very_numbers_that_the_tower_would_make_of_float32(
+    tiny_run: Callable, model_type: str
+) -> None:
+    run = tiny_run(model_type)
+    processing, family = run.loaded.processing, run.loaded.family
+    rows = [PreparedDataset(run.dataset_dir, "train")[number] for number in (0, 2, 1)]  # one image, none, two
+    # Data loaders send batches from one process to another.
+    sent = pickle.dumps(VisionDataCollator(processing, pixels_as_bytes=True)(rows))
+    given = pickle.loads(sent)  # noqa: S301 - made here
+    expected = VisionDataCollator(processing)(rows)
+    assert [name for name, value in given.items() if isinstance(value, PixelBytes)] == [
+        name for name, value in expected.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+    assert given["pixel_values"].data.dtype == torch.uint8
+    assert all(isinstance(value, PixelBytes) or value is None or not torch.is_floating_point(torch.as_tensor(value))
+               for value in given.values())  # fmt: skip
+    exact, rounded = finished(given), finished(given, torch.bfloat16)
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(exact[name]), torch.as_tensor(value)), name
+    assert rounded["pixel_values"].dtype == torch.bfloat16
+    model = copy.deepcopy(run.loaded.model).to(torch.bfloat16)
+    assert torch.equal(first_of_the_tower(model, family, rounded), first_of_the_tower(model, family, expected))
+
+
+def test_a_grey_page_travels_with_one_channel(tiny_run: Callable) -> None:
+    processing = tiny_run("qwen2_vl").loaded.processing
+    grey = np.random.default_rng(0).integers(0, 256, (56, 84, 1), dtype=np.uint8)
+    colour = np.random.default_rng(1).integers(0, 256, (84, 56, 3), dtype=np.uint8)
+    seen = np.broadcast_to(grey, (56, 84, 3))
+    given = processing.pixel_bytes([seen, colour])["pixel_values"]
+    assert given.data.nbytes == grey.nbytes + colour.nbytes
+    assert torch.equal(given.values(), processing.pixel_inputs([np.ascontiguousarray(seen), colour])["pixel_values"])

@@ -9,6 +9,7 @@ import pytest
 from vlm.config import LoraConfig, TrainingConfig
 from vlm.errors import ConfigError, DataError, ResourceError
 from vlm.families import FAMILIES
+from vlm.kernels.limits import HEAD_CHUNK_BYTES, HEAD_COPIES
 from vlm.lora.build import build_adapter
 from vlm.training import plan as plan_module
 from vlm.training.activation import ActivationPlan
@@ -101,10 +102,10 @@ def test_a_gpu_takes_what_its_memory_holds(
     large = plan_on(8_000_000_000)
     assert large.num_micro_batches == large.num_steps == 1
     assert large.max_tokens_per_pack is None
-    # Of a device, a tenth stays free; the driver, what is not activations, and a full chunk of the head (256 MiB of
-    # logits, and as much of copies) come before the packs. The rest is for half of the step.
+    # Of a device, a tenth stays free; the driver, what is not activations, and a full chunk of the head with its copy come
+    # before the packs. The rest is for half of the step.
     activations = large.memory["activations_bytes"]
-    fixed = large.memory["weights_bytes"] + large.memory["adapter_bytes"] + 2 * 256 * 2**20
+    fixed = large.memory["weights_bytes"] + large.memory["adapter_bytes"] + int(HEAD_COPIES * HEAD_CHUNK_BYTES)
     small = plan_on(int((700_000_000 + fixed + 0.5 * activations) / 0.9))
     assert small.num_micro_batches in (2, 3)
     assert small.memory["activations_bytes"] <= 0.5 * activations

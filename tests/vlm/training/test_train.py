@@ -154,9 +154,10 @@ def test_loss_falls_on_a_repeated_batch_and_the_model_is_left_as_found(
     assert summary.parameters_without_gradient == []
     for line in training.metrics:
         if "loss" in line:
-            assert {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "samples_per_second"} <= set(
-                line
-            )
+            pace = {"tokens_per_second", "samples_per_second", "data_wait_share"}
+            assert {"step", "loss", "learning_rate", "grad_norm"} | pace <= set(line)
+            # Batches are made in this process here, in a part of the step's time.
+            assert 0 < line["data_wait_share"] < 1
     names = {path.name for path in (tmp_path / "out" / "adapter").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "targets.json"}
 

@@ -1,0 +1,79 @@
+"""An optimiser over slices of one long tensor against the same over the parameters."""
+
+import copy
+import io
+from typing import Any
+
+import torch
+
+from vlm.training.flat import FlatParameters
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 5), (300,), (2, 2, 2), (7, 40)]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def optimizer_of(own: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [
+        {"params": own[:2], "weight_decay": 0.1},
+        {"params": []},
+        {"params": own[2:], "lr": 0.05, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.01)
+
+
+def set_gradients(own: list[torch.nn.Parameter], step: int, places: dict[Any, torch.Tensor] | None = None) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for number, parameter in enumerate(own):
+        gradient = torch.randn(parameter.shape, generator=generator)
+        if places is not None and number % 2:
+            # As a graph leaves them.
+            gradient = places[parameter].copy_(gradient)
+        parameter.grad = gradient
+
+
+def test_steps_are_the_same_to_the_bit_also_when_resumed() -> None:
+    apart, sliced = parameters(), parameters()
+    plain, flat_optimizer = optimizer_of(apart), optimizer_of(sliced)
+    flat = FlatParameters(flat_optimizer)
+    assert [len(group["params"]) for group in flat_optimizer.param_groups] == [1, 1]
+    for step in range(6):
+        if step == 3:
+            buffer = io.BytesIO()
+            torch.save(flat_optimizer.state_dict(), buffer)
+            buffer.seek(0)
+            sliced = [torch.nn.Parameter(own.detach().clone()) for own in sliced]
+            flat_optimizer = optimizer_of(sliced)
+            flat = FlatParameters(flat_optimizer)
+            flat_optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+        set_gradients(apart, step)
+        set_gradients(sliced, step, flat.gradients)
+        plain.step()
+        flat_optimizer.step()
+        for one, other in zip(apart, sliced, strict=True):
+            assert torch.equal(one, other)
+            other.grad = None
+        if step % 2:
+            flat_optimizer.zero_grad(set_to_none=True)
+
+
+def test_a_missing_gradient_is_zero_and_remembered() -> None:
+    own = parameters()
+    before = copy.deepcopy(own[3])
+    optimizer = optimizer_of(own)
+    flat = FlatParameters(optimizer)
+    names = {str(number): parameter for number, parameter in enumerate(own)}
+    assert flat.without_gradient(names) == ["0", "1", "2", "3"]
+    for step in range(2):
+        set_gradients(own, step)
+        own[3].grad = None
+        optimizer.step()
+    assert torch.equal(own[3], before)
+    assert flat.without_gradient(names) == ["3"]
+    again = parameters()
+    other = optimizer_of(again)
+    restored = FlatParameters(other)
+    other.load_state_dict(optimizer.state_dict())
+    assert restored.without_gradient({str(number): parameter for number, parameter in enumerate(again)}) == ["3"]

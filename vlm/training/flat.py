@@ -1,0 +1,98 @@
+"""Trained parameters as slices of a few long tensors, so that the optimiser takes one step and not hundreds.
+
+An adapter has some 650 small matrices. bitsandbytes' AdamW calls a kernel for each and waits for the GPU after each: 50 ms
+a step at 2B, half of what a packed step takes. AdamW is elementwise, so over one long tensor it computes the same; each
+slice starts at a multiple of the 8-bit state's blocks, which so never mix two matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Values of one block of bitsandbytes' 8-bit states.
+_BLOCK = 256
+# In an optimiser's group, and so in its checkpoints: which parameters ever had a gradient.
+SEEN = "had_gradient"
+
+
+class FlatParameters:
+    """Makes an optimiser work on one long tensor per group.
+
+    A parameter without a gradient counts as one whose gradient is zero: unlike before, its moments decay meanwhile.
+
+    Args:
+        optimizer: Without state yet; its groups are changed in place.
+
+    Attributes:
+        gradients: The place of each parameter's gradient. One that is there already when the step begins is not copied.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.gradients: dict[Tensor, Tensor] = {}
+        self._gradients: list[Tensor] = []
+        assert not optimizer.state, "parameters become slices before the first step"
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        self._parameters: list[list[Tensor]] = [list(group["params"]) for group in optimizer.param_groups]
+        for group, parameters in zip(optimizer.param_groups, self._parameters, strict=True):
+            group["params"] = [self._flatten(parameters)]
+            group[SEEN] = [False] * len(parameters)
+        self._optimizer = optimizer
+        optimizer.register_step_pre_hook(self._gather)
+
+    def _flatten(self, parameters: Sequence[Any]) -> torch.nn.Parameter:
+        first = parameters[0]
+        starts, end = [], 0
+        for parameter in parameters:
+            assert (parameter.dtype, parameter.device) == (first.dtype, first.device)
+            starts.append(end)
+            end += -(-parameter.numel() // _BLOCK) * _BLOCK
+        flat = torch.nn.Parameter(torch.zeros(end, dtype=first.dtype, device=first.device))
+        whole = torch.zeros_like(flat.data)
+        self._gradients.append(whole)
+        for parameter, start in zip(parameters, starts, strict=True):
+            part = slice(start, start + parameter.numel())
+            flat.data[part].copy_(parameter.data.flatten())
+            parameter.data = flat.data[part].view(parameter.shape)
+            self.gradients[parameter] = whole[part].view(parameter.shape)
+        return flat
+
+    def _gather(self, *_: Any) -> None:
+        """Brings gradients to their slices, where they are not there already."""
+        # Loading a checkpoint replaces the groups.
+        for group, parameters, whole in zip(
+            self._optimizer.param_groups, self._parameters, self._gradients, strict=True
+        ):
+            # Whoever zeroes gradients takes them away.
+            group["params"][0].grad = whole
+            slices, values, missing = [], [], []
+            for number, parameter in enumerate(parameters):
+                own = self.gradients[parameter]
+                if parameter.grad is None:
+                    missing.append(own)
+                    continue
+                group[SEEN][number] = True
+                if parameter.grad is not own:
+                    slices.append(own)
+                    values.append(parameter.grad)
+            if slices:
+                torch._foreach_copy_(slices, values)
+            if missing:
+                torch._foreach_zero_(missing)
+
+    def without_gradient(self, names: Mapping[str, Tensor]) -> list[str]:
+        """Names of parameters that never had a gradient.
+
+        Args:
+            names: All trained parameters by name.
+        """
+        seen = {
+            parameter
+            for group, parameters in zip(self._optimizer.param_groups, self._parameters, strict=True)
+            for had, parameter in zip(group[SEEN], parameters, strict=True)
+            if had
+        }
+        return [name for name, parameter in names.items() if parameter not in seen]
