@@ -222,6 +222,7 @@ class Bench:
         self.patches_per_token = family.patches_per_token(config) if family.patches_per_token else None
         self.parameters = list(adapter_parameters(self.model).values())
         self.optimizer: Any
+        self.flat: FlatParameters | None = None
         if self.device == "cuda":
             import bitsandbytes as bnb
 
@@ -286,6 +287,8 @@ class Bench:
     def step(self) -> None:
         """Forward and backward over all packs, and the optimiser."""
         total = sum(self.num_supervised)
+        if self.flat is not None:
+            self.flat.begin()
         for batch in self.batches:
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
                 output = self.model(**batch, **self.call)
@@ -302,7 +305,7 @@ class Bench:
             self.model, plan, most_patches=merged * max(self.num_visual), most_tokens=max(self.num_tokens)
         )
         for stack in stacks or ():
-            stack.gradients.update(self.flat.gradients)
+            stack.flat = self.flat
         return stacks
 
     def run(self, name: str, options: argparse.Namespace, matmul: float) -> str:

@@ -249,6 +249,8 @@ class CapturedLayer:
                 entry.backward = graph
             except RuntimeError as error:
                 self._give_up(error)
+            if self.stack.flat is not None:
+                self.stack.flat.mark(own for own, _ in parameters)
         if entry.backward is not None:
             entry.backward.replay()
         else:
@@ -263,7 +265,7 @@ class CapturedLayer:
                 parameter.grad += self.buffers[number]
 
     def _make_buffers(self) -> None:
-        given = self.stack.gradients
+        given = {} if self.stack.flat is None else self.stack.flat.gradients
         self.buffers = [given[own] if own in given else torch.zeros_like(own) for own in self.parameters]
 
     def _give_up(self, error: RuntimeError) -> None:

@@ -14,6 +14,7 @@ from vlm.training.capture.inputs import Call, Inputs, rounded
 
 if TYPE_CHECKING:
     from vlm.training.capture.layer import CapturedLayer, Entry
+    from vlm.training.flat import FlatParameters
 
 # Shapes of one layer that are kept as graphs; each costs some megabytes of launches.
 _MOST_SHAPES = 24
@@ -95,7 +96,7 @@ class Stack:
         most_positions: Positions of the largest row to come, as far as known: a larger one throws away all graphs.
 
     Attributes:
-        gradients: Where gradients of parameters are to be, for those that have a place.
+        flat: Gives parameters' gradients their places, if they have any.
         num_replays: Calls that were replayed.
         reasons: Why the others ran without a graph, and how many.
     """
@@ -103,7 +104,7 @@ class Stack:
     def __init__(self, graph: type[Graph] = Graph, limit: float = float("inf"), most_positions: int = 0) -> None:
         self.graph, self.limit, self.most_positions = graph, limit, most_positions
         self.num_replays = 0
-        self.gradients: dict[Tensor, Tensor] = {}
+        self.flat: FlatParameters | None = None
         self.reasons: Counter[str] = Counter()
         self.layers: list[CapturedLayer] = []
         self.disabled = False
