@@ -23,9 +23,9 @@ import torch
 
 from vlm.training.activation import LAUNCH_BOUND_OPERATIONS, ActivationPlan
 from vlm.training.capture.layer import CapturedLayer, capturable
-from vlm.training.capture.stack import Graph, Rerun, Stack
+from vlm.training.capture.stack import Graph, Memory, Rerun, Stack
 
-__all__ = ["CapturedLayer", "Graph", "Rerun", "Stack", "capturable", "graph_stacks"]
+__all__ = ["CapturedLayer", "Graph", "Memory", "Rerun", "Stack", "capturable", "graph_stacks"]
 
 
 def graph_stacks(
@@ -48,5 +48,10 @@ def graph_stacks(
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not next(model.parameters()).is_cuda or plan.offload or drops or several:
         return None
-    limit = LAUNCH_BOUND_OPERATIONS
-    return Stack(limit=limit, most_positions=most_patches), Stack(limit=limit, most_positions=most_tokens)
+    limit, memory = LAUNCH_BOUND_OPERATIONS, Memory()
+    # Kept activations of one tower lie in its memory while the other one works.
+    other = memory if plan == ActivationPlan(None, None) else Memory()
+    return (
+        Stack(memory=memory, limit=limit, most_positions=most_patches),
+        Stack(memory=other, limit=limit, most_positions=most_tokens),
+    )

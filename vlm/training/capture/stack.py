@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 _MOST_SHAPES = 24
 
 
+def make_room() -> None:
+    """Gives back memory that the allocator keeps for later, if there is little else: while recording it cannot."""
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
+    if min(free, share * total - reserved) < reserved - torch.cuda.memory_allocated():
+        torch.cuda.empty_cache()
+
+
 class Graph:
     """One CUDA graph."""
 
@@ -31,10 +40,11 @@ class Graph:
         """Records what a function launches, without running it."""
         stack, current = self._stack, torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
+        make_room()
         stack.stream.wait_stream(current)
         with torch.cuda.stream(stack.stream):
             # Other threads (of a data loader, say) go on meanwhile.
-            graph.capture_begin(pool=stack.pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=stack.memory.pool, capture_error_mode="thread_local")
             try:
                 function()
             finally:
@@ -57,6 +67,30 @@ class Rerun(Graph):
     def replay(self) -> None:
         """Runs it."""
         self._graph()
+
+
+class Memory:
+    """The memory that graphs work in.
+
+    What one graph frees the next may use, since they run one after the other. Where nothing in it outlives a graph, that
+    is, where all layers are recomputed, several stacks can share it.
+    """
+
+    def __init__(self) -> None:
+        self.stacks: list[Stack] = []
+        self._pool: Any = None
+
+    @property
+    def pool(self) -> Any:
+        """Its handle."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def renew(self) -> None:
+        """Takes another where no graph is left: the memory goes with the last one."""
+        if not any(stack.has_graphs for stack in self.stacks):
+            self._pool = None
 
 
 class Shape:
@@ -92,6 +126,7 @@ class Stack:
 
     Args:
         graph: Makes a graph.
+        memory: What graphs work in.
         limit: Operations of a layer, both ways, above which it is not captured: there the host is ahead anyway.
         most_positions: Positions of the largest row to come, as far as known: a larger one throws away all graphs.
 
@@ -101,8 +136,17 @@ class Stack:
         reasons: Why the others ran without a graph, and how many.
     """
 
-    def __init__(self, graph: type[Graph] = Graph, limit: float = float("inf"), most_positions: int = 0) -> None:
+    def __init__(
+        self,
+        graph: type[Graph] = Graph,
+        *,
+        memory: Memory | None = None,
+        limit: float = float("inf"),
+        most_positions: int = 0,
+    ) -> None:
         self.graph, self.limit, self.most_positions = graph, limit, most_positions
+        self.memory = memory or Memory()
+        self.memory.stacks.append(self)
         self.num_replays = 0
         self.flat: FlatParameters | None = None
         self.reasons: Counter[str] = Counter()
@@ -115,15 +159,12 @@ class Stack:
         self._active_key: Any = None
         self._capacity = 0
         self._slots: dict[Any, Tensor] = {}
-        self._pool: Any = None
         self._stream: Any = None
 
     @property
-    def pool(self) -> Any:
-        """The memory of all graphs."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
+    def has_graphs(self) -> bool:
+        """Whether any shape was captured."""
+        return bool(self._shapes)
 
     @property
     def stream(self) -> Any:
@@ -169,12 +210,7 @@ class Stack:
                 self._capacity = max(num_positions, rounded(self.most_positions)) * width
             if len(self._shapes) >= _MOST_SHAPES:
                 return "too many shapes"
-            if not self._shapes:
-                # Common memory lives as long as one of its graphs.
-                self._pool = None
-            if torch.cuda.is_available():
-                # While recording, memory kept for later cannot be given back.
-                torch.cuda.empty_cache()
+            self.memory.renew()
             shape = self._shapes[index, key] = Shape()
         else:
             shape.capturing = False
