@@ -155,8 +155,11 @@ def test_gradients_are_those_of_our_own_trainer(
     assert_same(bare.gradients, ours.gradients)
     expected = load_file(tmp_path / "out" / "adapter" / WEIGHTS_FILE)
     for key, parameter in adapter_parameters(model).items():
-        # AdamW's first step is lr · sign(gradient), whatever its size: a quarter of it is far from both signs.
-        torch.testing.assert_close(parameter.data, expected[key], atol=5e-5, rtol=0)
+        # AdamW's first step is lr · sign(gradient), whatever its size: a quarter of it is far from both signs. Only
+        # where the gradient is as small as AdamW's epsilon, or as float32's errors in it, is it anything in between.
+        sure = ours.gradients[key].abs() > 1e-6
+        assert sure.float().mean() > 0.9
+        torch.testing.assert_close(parameter.data[sure], expected[key][sure], atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("model_type", UNLIKE_FAMILIES)
