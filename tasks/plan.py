@@ -9,6 +9,7 @@ from artifacts.keys import diff_documents, step_key
 from artifacts.refs import ArtifactRef
 from tasks.graph import Unit
 from tasks.session import Session
+from vlm.training.device import check_device
 
 HIT, MISS, FORCED, PENDING = "hit", "miss", "forced", "pending"
 
@@ -61,7 +62,7 @@ def plan_run(session: Session) -> Iterator[Planned]:
 
 
 def check_inputs(session: Session) -> None:
-    """Refuses a model or data that are not there, or lack a column, before any step spends time.
+    """Refuses a model or data that are not there, or lack a column, and a device that does not do, before a step runs.
 
     Args:
         session: The run.
@@ -69,6 +70,7 @@ def check_inputs(session: Session) -> None:
     Raises:
         VlmError: What is wrong, and the remedy.
     """
+    check_device(session.config.training, session.resolved.device)
     session.check_sources()
     if "gguf" in session.config.export.types:
         from vlm.export.gguf.support import check_supported

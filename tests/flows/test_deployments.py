@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,56 +18,18 @@ PROJECT = Path(__file__).resolve().parents[2]
 PREFECT = [sys.executable, "-m", "prefect"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def post(url: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+@pytest.fixture
+def server(prefect_server: None, tmp_path: Path) -> dict[str, str]:
+    """The environment in which `prefect` talks to the test's server, and keeps nothing at home."""
+    from prefect.settings import PREFECT_API_URL
 
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A server of the test's own; yields the environment in which `prefect` talks to it."""
-    home = tmp_path_factory.mktemp("prefect")
-    port = free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    environment = dict(os.environ) | {
-        "PREFECT_HOME": str(home),
-        "PREFECT_API_URL": url,
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    }
-    with open(home / "server.log", "wb") as log:
-        command = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-        process = subprocess.Popen(
-            command, cwd=home, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        for _ in range(600):
-            assert process.poll() is None, (home / "server.log").read_text()
-            try:
-                with urllib.request.urlopen(f"{url}/health", timeout=5):
-                    break
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.2)
-        else:
-            pytest.fail((home / "server.log").read_text())
-        yield environment
-    finally:
-        stop(process)
+    return dict(os.environ) | {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_API_URL": str(PREFECT_API_URL.value())}
 
 
 def run(command: list[str], environment: dict[str, str], cwd: Path) -> str:
@@ -110,5 +67,5 @@ def test_all_deploy_and_one_runs_to_completed(server: dict[str, str], tmp_path: 
     tasks = post(f"{url}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run["id"]]}}})
     assert len(tasks) == 7
     assert {task["state"]["type"] for task in tasks} == {"COMPLETED"}
-    artifacts = post(f"{url}/artifacts/filter", {})
+    artifacts = post(f"{url}/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run["id"]]}}})
     assert {"metrics", "summary", "report"} <= {artifact["key"] for artifact in artifacts}

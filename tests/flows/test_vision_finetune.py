@@ -18,6 +18,7 @@ from tasks.graph import STEPS
 from tasks.plan import FORCED, HIT, MISS, PENDING, Planned, plan_run
 from tasks.session import Session
 from tasks.summary import format_summary
+from tests.flows.conftest import settings_on
 from vlm.config import RunConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -222,7 +223,11 @@ def test_the_export_is_delivered_once(
 
 
 def run_command(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which talks to the test's server: to start another takes far longer."""
+    from prefect.settings import PREFECT_API_URL
+
     command = [sys.executable, "-m", "flows.vision_finetune", *arguments]
+    environment = {"PREFECT_API_URL": str(PREFECT_API_URL.value())} | environment
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=os.environ | environment)
 
 
@@ -256,8 +261,12 @@ def test_bad_input_is_one_error_without_a_traceback(settings: list[str], message
 
 @pytest.mark.slow
 def test_a_terminated_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    settings = ["--runtime.store", str(tmp_path / "store"), "--training.max_steps", "40", "--generation.max_rows", "2"]
+    short = settings_on(tmp_path / "store")
+    short["training"] |= {"max_steps": 40}
+    (tmp_path / "run.yaml").write_text(json.dumps(short))  # JSON is YAML
+    settings = ["--config", "run.yaml"]
     command = [sys.executable, "-m", "flows.vision_finetune", *settings]
+    # With an embedded server, as for most people: it has to end with the run.
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "mlflow.db"
     deadline = time.monotonic() + 300
@@ -300,6 +309,7 @@ def real_lines(shared_data: Path, tmp_path: Path) -> Callable[[str], RunConfig]:
                 "data": {"sources": sources},
                 "training": {"max_steps": 1, "gradient_accumulation": 1},
                 "generation": {"max_rows": 2, "max_new_tokens": 8},
+                "export": {"verify": False},
                 "runtime": {"store": str(tmp_path / "store")},
                 "tracking": {"enabled": False},
             }

@@ -122,6 +122,9 @@ TINY: dict[str, TinyFamily] = {
     "lighton_ocr": LIGHTON_OCR,
 }
 TINY_FAMILIES = tuple(TINY)
+# One of each kind, for what does not turn on a family's details: windows and positions in three axes, cross-attention,
+# one row of patches, tiles, experts under converted names, and padded batches with a bare weight as projector.
+UNLIKE_FAMILIES = ("qwen2_5_vl", "mllama", "pixtral", "smolvlm", "deepseek_ocr", "gemma3")
 
 
 def tiny_image(height: int = 56, width: int = 84, seed: int = 0) -> np.ndarray:

@@ -23,6 +23,7 @@ from vlm.errors import ConfigError, DataError, ResourceError
 from vlm.families import Family, family_by_name
 from vlm.summary import Summary
 from vlm.training.activation import ActivationPlan, choose_activations
+from vlm.training.device import check_device
 from vlm.training.memory import MemoryEstimate, estimate_memory, towers
 from vlm.training.rates import check_rates
 from vlm.training.steps import PackLimits, full_pack_size, plan_batches, plan_full_packs, plan_packs
@@ -124,9 +125,8 @@ def make_plan(
     _check_validation(training, num_validation_rows)
     lengths = np.asarray(rows.num_tokens, dtype=np.int64)
     visual = np.asarray(rows.num_visual_tokens, dtype=np.int64)
+    check_device(training, device)
     optimizer = resolve_optimizer(training, device)
-    if training.activation_memory == "offload" and device == "cpu":
-        raise ConfigError("training.activation_memory 'offload' needs a GPU; set it to 'auto' or 'recompute'")
 
     config = json.loads((checkpoint_dir / "model" / "config.json").read_text(encoding="utf-8"))
     adapter = json.loads((adapter_dir / "targets.json").read_text(encoding="utf-8"))
@@ -301,12 +301,7 @@ def resolve_optimizer(training: TrainingConfig, device: str) -> str:
     Args:
         training: Settings.
         device: ``cpu`` or ``cuda``.
-
-    Raises:
-        ConfigError: 8-bit AdamW on a CPU, for which it has no kernels.
     """
-    if training.optimizer == "adamw_8bit" and device == "cpu":
-        raise ConfigError("training.optimizer 'adamw_8bit' needs a GPU; set it to 'auto' or 'adamw'")
     if training.optimizer != "auto":
         return training.optimizer
     return "adamw_8bit" if device == "cuda" else "adamw"

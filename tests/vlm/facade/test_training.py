@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import vlm
-from tests.support.tiny_models import TINY, TINY_FAMILIES
+from tests.support.tiny_models import TINY, TINY_FAMILIES, UNLIKE_FAMILIES
 from vlm.config import LoraConfig, TrainingConfig
 from vlm.lora.build import build_adapter
 from vlm.lora.peft_model import WEIGHTS_FILE, adapter_parameters, load_tensors
@@ -133,8 +133,10 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert all(gradient.abs().max() > 0 for gradient in expected.values())
 
 
-@pytest.mark.parametrize("model_type", TINY_FAMILIES)
-@pytest.mark.parametrize("responses_only", [True, False])
+@pytest.mark.parametrize(
+    ("model_type", "responses_only"),
+    [*((model_type, True) for model_type in TINY_FAMILIES), *((model_type, False) for model_type in UNLIKE_FAMILIES)],
+)
 def test_gradients_are_those_of_our_own_trainer(
     load: Callable, tiny_run: Callable, rows_of: Callable, tmp_path: Path, model_type: str, responses_only: bool
 ) -> None:
@@ -153,11 +155,14 @@ def test_gradients_are_those_of_our_own_trainer(
     assert_same(bare.gradients, ours.gradients)
     expected = load_file(tmp_path / "out" / "adapter" / WEIGHTS_FILE)
     for key, parameter in adapter_parameters(model).items():
-        # AdamW's first step is lr · sign(gradient), whatever its size: a quarter of it is far from both signs.
-        torch.testing.assert_close(parameter.data, expected[key], atol=5e-5, rtol=0)
+        # AdamW's first step is lr · sign(gradient), whatever its size: a quarter of it is far from both signs. Only
+        # where the gradient is as small as AdamW's epsilon, or as float32's errors in it, is it anything in between.
+        sure = ours.gradients[key].abs() > 1e-6
+        assert sure.float().mean() > 0.9
+        torch.testing.assert_close(parameter.data[sure], expected[key][sure], atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("model_type", TINY_FAMILIES)
+@pytest.mark.parametrize("model_type", UNLIKE_FAMILIES)
 def test_full_finetuning_gradients_are_those_of_our_own_trainer(
     load: Callable, tiny_run: Callable, rows_of: Callable, tmp_path: Path, model_type: str
 ) -> None:

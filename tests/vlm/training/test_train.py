@@ -1,8 +1,6 @@
 import json
-import os
 import re
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from tests.support.tiny_models import TINY
+from tests.support.tiny_models import TINY, UNLIKE_FAMILIES
 from tests.support.tiny_runs import batch_of
 from tests.support.tiny_training import (
-    RESUMED,
-    At,
-    KilledError,
     Training,
     assert_same_gradients,
     fill,
     first_gradients,
-    kill,
     slow_reference,
 )
 from vlm.config import LoraConfig
@@ -32,7 +26,6 @@ from vlm.families import FAMILIES
 from vlm.lora.attach import attached
 from vlm.lora.build import build_adapter
 from vlm.lora.peft_model import adapter_parameters
-from vlm.training.interrupt import TrainingInterrupted
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -62,8 +55,10 @@ def test_accumulation_is_one_batch_and_both_are_the_slow_reference(
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("model_type", "checkpointing"),
+    [*((model_type, True) for model_type in FAMILIES), *((model_type, False) for model_type in UNLIKE_FAMILIES)],
+)
 def test_a_frozen_vision_tower_keeps_no_graph(
     tiny_run: Callable, tmp_path: Path, model_type: str, checkpointing: bool
 ) -> None:
@@ -99,7 +94,7 @@ def test_a_frozen_vision_tower_keeps_no_graph(
     assert any(language)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", UNLIKE_FAMILIES)
 def test_checkpointing_recomputes_every_trained_layer(tiny_run: Callable, tmp_path: Path, model_type: str) -> None:
     run = tiny_run(model_type)
     calls: Counter[str] = Counter()
@@ -130,7 +125,7 @@ def test_checkpointing_recomputes_every_trained_layer(tiny_run: Callable, tmp_pa
     assert {name: counts[0][name] - counts[1][name] for name in first} == passes
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", UNLIKE_FAMILIES)
 def test_loss_falls_on_a_repeated_batch_and_the_model_is_left_as_found(
     tiny_run: Callable, tmp_path: Path, model_type: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,7 +157,7 @@ def test_loss_falls_on_a_repeated_batch_and_the_model_is_left_as_found(
     assert names == {"adapter_config.json", "adapter_model.safetensors", "targets.json"}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", UNLIKE_FAMILIES)
 def test_validation_loss_is_weighted_by_tokens(tiny_run: Callable, tmp_path: Path, model_type: str) -> None:
     run = tiny_run(model_type)
     training = Training(run, tmp_path, LoraConfig(rank=2), max_steps=3, batch_size=2, evaluate_every_steps=2)
@@ -178,78 +173,10 @@ def test_validation_loss_is_weighted_by_tokens(tiny_run: Callable, tmp_path: Pat
     assert summary.validation_loss == pytest.approx(total / num_tokens, abs=1e-5)
 
 
-# It makes the random state matter, as the batch size of `RESUMED` does the order.
-DROPOUT = LoraConfig(rank=4, dropout=0.2)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny_run: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Training]:
-    done = {}
-    for model_type in FAMILIES:
-        lora = TINY[model_type].without_experts(DROPOUT)
-        done[model_type] = Training(tiny_run(model_type), tmp_path_factory.mktemp("uninterrupted"), lora, **RESUMED)
-        done[model_type].start()
-    return done
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_resuming_after_a_kill_gives_the_same_bits(
-    tiny_run: Callable, tmp_path: Path, uninterrupted: dict[str, Training], model_type: str
-) -> None:
-    run = tiny_run(model_type)
-    training = Training(run, tmp_path, TINY[model_type].without_experts(DROPOUT), **RESUMED)
-    with pytest.raises(KilledError):
-        training.start([At(3, kill)])
-    assert not any(hasattr(module, "lora_A") for module in run.loaded.model.modules())
-    # The process died while it wrote a newer checkpoint: everything is there except the marker.
-    shutil.copytree(tmp_path / "work" / "checkpoint-2", tmp_path / "work" / "checkpoint-3")
-    (tmp_path / "work" / "checkpoint-3" / "complete.json").unlink()
-    summary = training.start()
-    assert summary.resumed_from_step == 2
-    assert training.weights.keys() == uninterrupted[model_type].weights.keys()
-    for key, tensor in uninterrupted[model_type].weights.items():
-        assert torch.equal(training.weights[key], tensor), key
-    losses = [
-        [(line["step"], line["loss"]) for line in done.metrics if "loss" in line]
-        for done in (training, uninterrupted[model_type])
-    ]
-    assert losses[0] == losses[1]
-
-
-def test_sigterm_stops_at_a_step_and_the_rest_gives_the_same_bits(
-    tiny_run: Callable, tmp_path: Path, uninterrupted: dict[str, Training]
-) -> None:
-    training = Training(tiny_run("qwen2_5_vl"), tmp_path, DROPOUT, **RESUMED)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(TrainingInterrupted, match="SIGTERM after step 3") as raised:
-        training.start([At(3, lambda: os.kill(os.getpid(), signal.SIGTERM))])
-    assert (raised.value.step, raised.value.signum) == (3, signal.SIGTERM)
-    assert not isinstance(raised.value, Exception)
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert not (tmp_path / "out").exists()
-    assert training.start().resumed_from_step == 3
-    for key, tensor in uninterrupted["qwen2_5_vl"].weights.items():
-        assert torch.equal(training.weights[key], tensor), key
-
-
-def test_a_finished_training_is_only_written_again(tiny_run: Callable, uninterrupted: dict[str, Training]) -> None:
-    training = uninterrupted["qwen2_5_vl"]
-    expected = training.weights
-    summary = training.start()
-    assert summary.resumed_from_step == summary.num_steps == 4
-    assert all(torch.equal(training.weights[key], tensor) for key, tensor in expected.items())
-
-
-def test_checkpoints_of_other_settings_are_not_resumed_from(
-    tiny_run: Callable, tmp_path: Path, uninterrupted: dict[str, Training]
-) -> None:
-    shutil.copytree(uninterrupted["qwen2_vl"].root / "work", tmp_path / "work")
-    training = Training(tiny_run("qwen2_vl"), tmp_path, DROPOUT, **(RESUMED | {"learning_rate": 1e-3, "max_steps": 1}))
-    assert training.start().resumed_from_step is None
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("model_type", "quantization"),
+    [*((model_type, "nf4") for model_type in FAMILIES), *((model_type, "int8") for model_type in UNLIKE_FAMILIES)],
+)
 def test_a_quantised_base_trains_the_adapter_in_float32(
     tiny_run: Callable, tmp_path: Path, model_type: str, quantization: str
 ) -> None:
