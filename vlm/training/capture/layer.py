@@ -30,6 +30,7 @@ class Entry:
         stack, index = layer.stack, layer.index
         self.x = stack.slot("x", index, hidden, size)
         self.used, like = self._try()
+        self._expected: Tensor | None = like
         self.y = stack.slot("x", index + 1, like, size)
         self.dy = stack.slot("dx", index % 2, like, size)
         self.dx = stack.slot("dx", (index + 1) % 2, hidden, size)
@@ -53,6 +54,19 @@ class Entry:
             found = torch.autograd.grad(y, wanted, torch.zeros_like(y), allow_unused=True)
         first = int(self.needs_x)
         return [number for number, gradient in enumerate(found[first:]) if gradient is not None], y.detach()
+
+    def check(self) -> None:
+        """Compares the first replay with what the layer gave without a graph.
+
+        Raises:
+            RuntimeError: They differ.
+        """
+        assert self._expected is not None
+        distance, norm = ((self.y - self._expected).float().norm(), self._expected.float().norm())
+        self._expected = None
+        # The same kernels over the same numbers. A step that is no number is not the graph's fault.
+        if distance > 1e-2 * norm:
+            raise RuntimeError(f"a replayed layer is {float(distance / norm):.1%} off")
 
     def run_forward(self) -> None:
         """The layer from slot to slot."""
@@ -227,6 +241,8 @@ class CapturedLayer:
             entry = Entry(self, inputs, hidden, needs_x, stack.active)
             graph = stack.graph(stack)
             graph.capture(entry.run_forward)
+            graph.replay()
+            entry.check()
         except RuntimeError as error:
             self._give_up(error)
             return "error"
