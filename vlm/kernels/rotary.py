@@ -3,7 +3,8 @@
     y = x · cos + rot(x) · sin     rot((x₁, x₂)) = (−x₂, x₁)     dx = dy · cos + rotᵀ(dy · sin)     rotᵀ((x₁, x₂)) = (x₂, −x₁)
 
 Legend: x [batch, heads, sequence, width]; x₁ and x₂ the halves of its last dimension, or where the layout is interleaved
-(GPT-J, GLM) its even and its odd values; cos and sin [batch or 1, sequence, width]. Positions in several axes (mRoPE, rows and columns of patches) are in the angles already.
+(GPT-J, GLM) its even and its odd values; cos and sin [batch or 1, sequence, width]. Positions in several axes (mRoPE,
+rows and columns of patches) are in the angles already.
 Kept for the backward pass: cos and sin. Computed in float32 and rounded once.
 """
 

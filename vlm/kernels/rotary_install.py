@@ -63,11 +63,13 @@ def is_interleaved(stock: _Rotate, dimension: int) -> bool | None:
     # No two values are alike, so that no other order passes.
     shapes = [(1, 4, 3, 8), (1, 2, 3, 8)] if dimension == 1 else [(3, 4, 8), (3, 2, 8)]
     angles = [(1, 3, 8)] * 2 if dimension == 1 else [(3, 8)] * 2
-    example = [torch.randn(shape, generator=generator) for shape in (*shapes, *angles)]
+    q, k, cos, sin = (
+        torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in (*shapes, *angles)
+    )
     with torch.no_grad():
-        expected = stock(*example)
+        expected = stock(q, k, cos, sin)
         for interleaved in (False, True):
-            found = _forward(stock, rotary_eager, dimension, interleaved, *example)
+            found = _forward(stock, rotary_eager, dimension, interleaved, q, k, cos, sin)
             # float32, and a product or sum that may be rounded once or twice.
             if all(
                 one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-5)
