@@ -6,13 +6,14 @@ At a few thousand tokens a step of a small model is the host's time, not the GPU
     hidden [1, T, H]  ── copied, padded to T' ──▶ slot 0 ─ graph ─▶ slot 1 ─ graph ─▶ … ─▶ slot L ── first T ──▶ norm
     cos, sin, ends    ── copied once for all layers ──────┘                                              backward likewise
 
-- T' is T rounded up by an eighth at most. The padding is a segment of its own that nothing attends to and whose gradient
-  is zero, and never NaN.
+- T' is T rounded up by an eighth, or up to a size that was captured before. The padding is a segment of its own that
+  nothing attends to and whose gradient is zero, and never NaN.
 - Inputs of layers lie in slots that all shapes share; so does what a layer keeps, since memory of one capture is given to
   the next: of one stack of layers, only one shape is in flight.
 - Gradients are added to buffers inside the graph; `grad` of a parameter is such a buffer.
-- A layer is captured where its shape comes for the second time, and runs as it was where anything is in the way: inputs
-  that are not known here, a stack called twice in one pass, a shape too many, an error while capturing.
+- The first replay of each graph is compared with what the layer gave without it.
+- A size is captured where no larger one will do, or where it has come a few times. A layer runs as it was where anything
+  is in the way: inputs that are not known here, a stack called twice in one pass, an error while capturing.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vlm.training.capture.inputs import Call, Inputs, Pass, in_flight, power_of_two, read, rounded
-from vlm.training.capture.stack import Graph, Shape, Stack
+from vlm.training.capture.stack import MOST_WASTE, Graph, Shape, Stack
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -67,6 +67,10 @@ class Entry:
         # The same kernels over the same numbers. A step that is no number is not the graph's fault.
         if distance > 1e-2 * norm:
             raise RuntimeError(f"a replayed layer is {float(distance / norm):.1%} off")
+
+    def abandon(self) -> None:
+        """Drops what the way forward kept, since part of the way back may have used it up."""
+        self._kept = None
 
     def run_forward(self) -> None:
         """The layer from slot to slot."""
@@ -196,39 +200,45 @@ class CapturedLayer:
             return "frozen"
         if 4.0 * self.num_weights * hidden.numel() / hidden.shape[-1] > stack.limit:
             return "large"
-        sizes = self._sizes(call)
         width = hidden.numel() // hidden.shape[-2]
-        kind = needs_x, hidden.dtype, tuple(hidden.shape[:-2]), _autocast_key(hidden.device.type)
-        key = (*sizes, *kind, call.constants)
-        reason = stack.enter(self.index, key, sizes[0], width)
+        padded, bounds = self._sizes(call)
+        kind = needs_x, hidden.dtype, tuple(hidden.shape[:-2]), _autocast_key(hidden.device.type), call.constants
+        reason = stack.enter(self.index, padded, bounds, kind, width)
         if reason is not None:
             return reason
-        assert stack.active is not None
-        known = stack.active.entries.get(self.index)
-        if known is not None and known[0] == key and not stack.active.capturing:
+        active = stack.active
+        assert active is not None
+        # Of several widths in one stack each has its own number of positions.
+        if call.ends is not None and padded <= active.num_positions:
+            padded = active.num_positions
+        sizes = padded, bounds[0], bounds[1]
+        key = (*sizes, *kind)
+        known = active.entries.get(self.index)
+        if known is not None and known[0] == key and not active.capturing:
             entry = known[1]
             if not entry.inputs.fill(call):
                 return "called twice"
             _put(entry.x, hidden.detach())
             return entry, hidden
-        if not stack.active.capturing:
+        if not active.capturing:
             stack.forget()
-            return "new shape"
-        if not stack.fits(sizes[0] * width):
+            return "changed within a pass"
+        if not stack.fits(padded * width):
             return "wider than the first layer"
         return self._capture(key, call, sizes, needs_x)
 
-    def _sizes(self, call: Call) -> tuple[int, int, int]:
-        """Positions, segments and length of the longest that a graph is made for; the latter two never get smaller."""
+    def _sizes(self, call: Call) -> tuple[int, tuple[int, int]]:
+        """Positions that a graph is made for, and segments and length of the longest, which only ever grow."""
         num_positions = call.hidden.shape[-2]
         if call.ends is None:
-            return num_positions, 0, 0
+            return num_positions, (0, 0)
         padded = rounded(num_positions)
         self._longest = max(self._longest, power_of_two(call.longest))
-        # The padding's segments are not longer than the others.
-        needed = len(call.ends) - 1 + -(-(padded - num_positions) // self._longest)
+        # Padding is cut into segments not longer than the others.
+        most = MOST_WASTE * rounded(max(num_positions, self.stack.most_positions))
+        needed = len(call.ends) - 1 + -(-most // self._longest)
         self._num_segments = max(self._num_segments, power_of_two(needed))
-        return padded, self._num_segments, self._longest
+        return padded, (self._num_segments, self._longest)
 
     def _capture(self, key: Any, call: Call, sizes: tuple[int, int, int], needs_x: bool) -> tuple[Entry, Tensor] | str:
         stack, hidden = self.stack, call.hidden
@@ -265,6 +275,7 @@ class CapturedLayer:
                 entry.backward = graph
             except RuntimeError as error:
                 self._give_up(error)
+                entry.abandon()
             if self.stack.flat is not None:
                 self.stack.flat.mark(own for own, _ in parameters)
         if entry.backward is not None:

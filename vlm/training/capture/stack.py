@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from vlm.training.capture.layer import CapturedLayer, Entry
     from vlm.training.flat import FlatParameters
 
-# Shapes of one layer that are kept as graphs; each costs some megabytes of launches.
+# Shapes of a stack that are kept as graphs; each costs some megabytes of launches per layer.
 _MOST_SHAPES = 24
+# A shape serves rows of half its size, too, until a size has come so often that it gets its own.
+MOST_WASTE, _OFTEN = 2, 3
 
 
 def make_room() -> None:
@@ -42,13 +45,20 @@ class Graph:
         graph = torch.cuda.CUDAGraph()
         make_room()
         stack.stream.wait_stream(current)
-        with torch.cuda.stream(stack.stream):
-            # Other threads (of a data loader, say) go on meanwhile.
-            graph.capture_begin(pool=stack.memory.pool, capture_error_mode="thread_local")
-            try:
-                function()
-            finally:
-                graph.capture_end()
+        # Whatever of an earlier graph is collected while this one is recorded would spoil it.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(stack.stream):
+                # Other threads (of a data loader, say) go on meanwhile.
+                graph.capture_begin(pool=stack.memory.pool, capture_error_mode="thread_local")
+                try:
+                    function()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
         current.wait_stream(stack.stream)
         self._graph = graph
 
@@ -100,7 +110,8 @@ class Shape:
     may use which part when. So a layer is never captured into the graphs of an earlier pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_positions: int) -> None:
+        self.num_positions = num_positions
         self.entries: dict[int, tuple[Any, Entry]] = {}
         self.capturing = True
         self._inputs: dict[Any, list[Inputs]] = {}
@@ -154,9 +165,9 @@ class Stack:
         self.disabled = False
         self.active: Shape | None = None
         self._position = -1
-        self._seen: Counter[Any] = Counter()
-        self._shapes: dict[Any, Shape] = {}
-        self._active_key: Any = None
+        self._seen: Counter[tuple[int, Any, int]] = Counter()
+        self._shapes: dict[tuple[int, Any, int], Shape] = {}
+        self._bounds: dict[tuple[int, Any], tuple[int, int]] = {}
         self._capacity = 0
         self._slots: dict[Any, Tensor] = {}
         self._stream: Any = None
@@ -178,13 +189,14 @@ class Stack:
             self._stream.synchronize()
         return self._stream
 
-    def enter(self, index: int, key: Any, num_positions: int, width: int) -> str | None:
+    def enter(self, index: int, num_positions: int, bounds: tuple[int, int], kind: Any, width: int) -> str | None:
         """Says that a layer is called; the first of a pass settles which graphs the pass takes.
 
         Args:
             index: The layer's.
-            key: Its shape.
             num_positions: Positions of its padded input.
+            bounds: Most segments and greatest length of one, which only ever grow.
+            kind: What else makes its shape.
             width: Values of a position.
 
         Returns:
@@ -196,26 +208,39 @@ class Stack:
         self.active = None
         if any(layer.in_flight for layer in self.layers):
             return "called twice"
-        shape = self._shapes.get((index, key))
-        if shape is not None and not shape.complete:
-            # A pass that was broken off.
-            del self._shapes[index, key]
-            shape = None
-        if shape is None:
-            self._seen[index, key] += 1
-            if self._seen[index, key] < 2:
-                return "new shape"
-            if num_positions * width > self._capacity:
-                self.clear()
-                self._capacity = max(num_positions, rounded(self.most_positions)) * width
-            if len(self._shapes) >= _MOST_SHAPES:
-                return "too many shapes"
-            self.memory.renew()
-            shape = self._shapes[index, key] = Shape()
-        else:
-            shape.capturing = False
-        self.active, self._active_key = shape, (index, key)
+        if self._bounds.get((index, kind)) != bounds:
+            # All that was captured of this kind is too small.
+            self._shapes = {key: shape for key, shape in self._shapes.items() if key[:2] != (index, kind)}
+            self._bounds[index, kind] = bounds
+        # Passes that were broken off.
+        self._shapes = {key: shape for key, shape in self._shapes.items() if shape.complete}
+        self._seen[index, kind, num_positions] += 1
+        size = self._size(index, kind, num_positions, exact=bounds == (0, 0))
+        if size is not None:
+            self.active = self._shapes[index, kind, size]
+            self.active.capturing = False
+            return None
+        if len(self._shapes) >= _MOST_SHAPES:
+            return "too many shapes"
+        if num_positions * width > self._capacity:
+            self.clear()
+            self._capacity = max(num_positions, rounded(self.most_positions)) * width
+        self.memory.renew()
+        self.active = self._shapes[index, kind, num_positions] = Shape(num_positions)
         return None
+
+    def _size(self, index: int, kind: Any, num_positions: int, *, exact: bool) -> int | None:
+        """The captured size to take; None to capture another.
+
+        Where the host is what one waits for, positions are cheap and captures dear. So a larger size will do until one has
+        come a few times. Where there are no boundaries, nothing keeps padding apart, and only the size itself is right.
+        """
+        known = [size for *key, size in self._shapes if key == [index, kind]]
+        if num_positions in known:
+            return num_positions
+        larger = [] if exact else [size for size in known if num_positions < size <= MOST_WASTE * num_positions]
+        often = self._seen[index, kind, num_positions] >= _OFTEN and len(self._shapes) < _MOST_SHAPES
+        return None if often else min(larger, default=None)
 
     def fits(self, num_values: int) -> bool:
         """Whether slots hold so many values."""
@@ -223,7 +248,7 @@ class Stack:
 
     def forget(self) -> None:
         """Has the shape of this pass captured anew when it comes again."""
-        self._shapes.pop(self._active_key, None)
+        self._shapes = {key: shape for key, shape in self._shapes.items() if shape is not self.active}
         self.active = None
 
     def clear(self) -> None:
