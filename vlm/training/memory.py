@@ -137,11 +137,14 @@ class MemoryEstimate:
     """Stored activations of the costliest micro-batch."""
     logits_bytes: int
     """The language-model head over one chunk of supervised tokens."""
+    dense_bytes: int
+    """Weights of the widest product, which are made or put together while it runs."""
 
     @property
     def expected_bytes(self) -> int:
         """What the step probably needs."""
-        return self.weights_bytes + self.adapter_bytes + self.activations_bytes + self.logits_bytes
+        fixed = self.weights_bytes + self.adapter_bytes + self.logits_bytes + self.dense_bytes
+        return fixed + self.activations_bytes
 
     @property
     def at_least_bytes(self) -> int:
@@ -250,5 +253,7 @@ def estimate_memory(
         adapter_bytes=int(num_trainable * (4 + 4 + _OPTIMIZER_BYTES[optimizer])),
         # The backward pass is through with the language model when it comes to the vision tower.
         activations_bytes=int(vision_waits + max(language_waits + language_works, vision_works)),
+        # The fused block of gate and up is one product.
+        dense_bytes=value_bytes * language.hidden * language.intermediate * (2 if fused and language.gated else 1),
         logits_bytes=int(HEAD_COPIES * min(length_tokens * vocabulary * 4, HEAD_CHUNK_BYTES)),
     )
