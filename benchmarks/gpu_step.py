@@ -222,6 +222,7 @@ class Bench:
         self.patches_per_token = family.patches_per_token(config) if family.patches_per_token else None
         self.parameters = list(adapter_parameters(self.model).values())
         self.optimizer: Any
+        self.flat: FlatParameters | None = None
         if self.device == "cuda":
             import bitsandbytes as bnb
 
@@ -253,7 +254,7 @@ class Bench:
                 total += 4.0 * inputs * outputs * positions[part]
         return total
 
-    def estimate(self, plan: ActivationPlan, *, fused: bool) -> MemoryEstimate:
+    def estimate(self, plan: ActivationPlan, *, fused: bool, captured: bool = False) -> MemoryEstimate:
         """What the training plan would say of this step."""
         return estimate_memory(
             self.base.config.to_dict(),
@@ -266,6 +267,7 @@ class Bench:
             value_bytes=2 if self.device == "cuda" else 4,
             activations=plan,
             fused=fused,
+            captured=captured,
             optimizer="adamw_8bit" if self.device == "cuda" else "adamw",
             patches_per_token=self.patches_per_token,
         )
@@ -285,6 +287,8 @@ class Bench:
     def step(self) -> None:
         """Forward and backward over all packs, and the optimiser."""
         total = sum(self.num_supervised)
+        if self.flat is not None:
+            self.flat.begin()
         for batch in self.batches:
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
                 output = self.model(**batch, **self.call)
@@ -301,7 +305,7 @@ class Bench:
             self.model, plan, most_patches=merged * max(self.num_visual), most_tokens=max(self.num_tokens)
         )
         for stack in stacks or ():
-            stack.gradients.update(self.flat.gradients)
+            stack.flat = self.flat
         return stacks
 
     def run(self, name: str, options: argparse.Namespace, matmul: float) -> str:
@@ -341,7 +345,8 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() if cuda else 0
         # What graphs use while they are replayed counts here only.
         reserved = torch.cuda.max_memory_reserved() if cuda else 0
-        expected = self.estimate(plan, fused="linear" in pieces).expected_bytes
+        captured = name.endswith(GRAPHS)
+        expected = self.estimate(plan, fused="linear" in pieces, captured=captured).expected_bytes
         rate = options.samples / seconds
         share = self.operations() / seconds / matmul
         recomputing = f"{plan.recomputed_vision}, {plan.recomputed_language}".replace("None", "all")

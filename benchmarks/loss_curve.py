@@ -10,6 +10,7 @@ on the right. The runs, one after the other on the same model:
     TRL, 1 x 8                one micro-batch of 8; the adapter in float32, as ours is
     TRL, 2 x 4                two micro-batches of 4: how far rounding alone takes two runs apart
     TRL, 1 x 8, as it comes   (with --as-it-comes) the adapter in bfloat16, to which TRL turns it over a quantised base
+    float32                   (with --reference) TRL, 1 x 8, with the same weights in float32: the truth that the others round
 
 Both read ids and pixels from the same prepared dataset: training is compared, not preprocessing. TRL's micro-batches weigh
 by their tokens, as ours do, which this model's class would otherwise switch off. `--shape tiny` tries the script on a CPU,
@@ -110,6 +111,9 @@ def described(loaded: LoadedModel, folder: Path) -> LoadedModel:
     return dataclasses.replace(loaded, checkpoint_dir=folder)
 
 
+REFERENCE = "float32"
+
+
 class InOrder(SFTTrainer):
     """TRL's trainer, taking rows in the order of the data set."""
 
@@ -171,7 +175,15 @@ class Bench:
         lines = (self.root / "out" / "training" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
-    def peer(self, batch_size: int, *, as_it_comes: bool = False) -> list[float]:
+    def reference(self) -> list[float]:
+        """Losses of TRL's trainer in float32. The model stays so."""
+        self.loaded.model.float()
+        for module in self.loaded.model.modules():
+            if hasattr(module, "compute_dtype"):
+                module.compute_dtype = torch.float32
+        return self.peer(BATCH, dtype="float32")
+
+    def peer(self, batch_size: int, *, as_it_comes: bool = False, dtype: str = "bfloat16") -> list[float]:
         """Losses of TRL's trainer."""
         rows = PreparedDataset(self.root / "dataset", "train")
         collate = VisionDataCollator(self.loaded.processing)
@@ -189,7 +201,7 @@ class Bench:
             "weight_decay": self.training.weight_decay,
             "max_grad_norm": self.training.max_grad_norm,
             "optim": "adamw_torch_fused" if on_gpu else "adamw_torch",
-            "bf16": on_gpu,
+            "bf16": on_gpu and dtype == "bfloat16",
             "use_cpu": not on_gpu,
             "logging_steps": 1,
             "save_strategy": "no",
@@ -233,11 +245,12 @@ def table(curves: dict[str, list[float]]) -> str:
 
 
 def apart(curves: dict[str, list[float]]) -> str:
-    """How far each curve is from TRL's first one, in Markdown."""
-    lines = ["| against TRL, 1 x 8 | greatest difference | at step | mean difference |", "|---|---|---|---|"]
-    reference = np.array(curves["TRL, 1 x 8"])
+    """How far each curve is from the float32 one, or from TRL's first one, in Markdown."""
+    against = REFERENCE if REFERENCE in curves else "TRL, 1 x 8"
+    lines = [f"| against {against} | greatest difference | at step | mean difference |", "|---|---|---|---|"]
+    reference = np.array(curves[against])
     for name, losses in curves.items():
-        if name != "TRL, 1 x 8":
+        if name != against:
             difference = np.abs(np.array(losses) - reference)
             lines.append(f"| {name} | {difference.max():.1e} | {difference.argmax() + 1} | {difference.mean():.1e} |")
     return "\n".join(lines)
@@ -249,6 +262,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--as-it-comes", action="store_true", help="also with TRL's own precision of the adapter")
+    parser.add_argument("--reference", action="store_true", help="also in float32, against which all are compared")
     parser.add_argument("--output", type=Path, help="a file for the tables")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -262,6 +276,8 @@ def main() -> None:
         }
         if options.as_it_comes:
             runs["TRL, 1 x 8, as it comes"] = lambda: bench.peer(BATCH, as_it_comes=True)
+        if options.reference:
+            runs[REFERENCE] = bench.reference
         curves, seconds = {}, []
         for name, run in runs.items():
             started = time.perf_counter()

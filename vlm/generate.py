@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from vlm.families.pixels import PixelBytes
 from vlm.generation_batches import RowCosts, batches, memory_budget
 from vlm.lora.attach import attached
 from vlm.lora.peft_model import base_model
+from vlm.packing.model import packed
 
 if TYPE_CHECKING:
     from vlm.loading.checkpoint import LoadedModel
@@ -70,7 +71,7 @@ def generate_predictions(
     max_new_tokens = generation.max_new_tokens or longest_answer(dataset_dir)
     bar = progress.bar("answering" if adapter_dir else "answering (base model)", num_rows)
     try:
-        with attached(loaded, adapter_dir) as model:
+        with attached(loaded, adapter_dir) as model, _images_apart(loaded):
             done = predict(
                 model,
                 loaded.processing,
@@ -92,6 +93,15 @@ def generate_predictions(
     output_dir.mkdir(parents=True, exist_ok=True)
     write_predictions(done, summary, output_dir)
     return summary
+
+
+def _images_apart(loaded: LoadedModel) -> AbstractContextManager[None]:
+    """Has a vision tower that takes all images of a batch in one row attend within each, as training does.
+
+    Some would make a mask of all patches against all patches otherwise, or go from image to image.
+    """
+    packing = loaded.family.packing
+    return nullcontext() if packing is None or not packing.tower_segments else packed(loaded.model, loaded.family)
 
 
 def predict(

@@ -189,7 +189,9 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         right: Tensor of shape [J, K].
         dtype: Of the result.
     """
-    if dtype == torch.float32 and left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+    # An AMD card is a CUDA device to PyTorch, too, but its products have no such form.
+    is_nvidia = left.is_cuda and torch.version.hip is None
+    if dtype == torch.float32 and is_nvidia and left.dtype in (torch.bfloat16, torch.float16):
         # The sums are in float32 already.
         wide: Tensor = torch.mm(left, right, out_dtype=dtype)
         return wide

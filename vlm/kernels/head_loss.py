@@ -53,6 +53,7 @@ class _HeadLoss(torch.autograd.Function):
             sums = dz.sum(-1, keepdim=True)
             total += (sums.log() - of_target).sum()
             if not (needs_h or needs_weight or needs_bias):
+                del z, dz
                 continue
             dz.div_(sums)
             dz.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
@@ -63,6 +64,8 @@ class _HeadLoss(torch.autograd.Function):
                 dweight += narrow.t() @ h[part]
             if dbias is not None:
                 dbias += dz.sum(0)
+            # Or they would live until the next chunk's have been made.
+            del z, dz, narrow
         ctx.save_for_backward(dh, dweight, dbias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(num_right)

@@ -6,17 +6,15 @@ What is found, by structure and not by class:
   once and 8-bit layers stay with peft.
 - **Feed-forward blocks**, gated or plain, all of whose projections are frozen linear layers or such LoRA layers.
 - **RMSNorms and LayerNorms** whose weights are frozen.
-- **Rotary embedding** of queries and keys, where Triton runs.
+- **Rotary embedding** of queries and keys, where Triton runs (`vlm.kernels.rotary_install`).
 
 What was found and what was left, and why, goes to the log. At the end of the block the model is as before.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,7 +31,7 @@ from vlm.kernels.layer_norm import layer_norm
 from vlm.kernels.lora_linear import lora_linear
 from vlm.kernels.mlp import Adapted, mlp
 from vlm.kernels.rms_norm import rms_norm
-from vlm.kernels.rotary import rotary
+from vlm.kernels.rotary_install import install_rotary
 from vlm.kernels.triton_use import use_triton
 
 Piece = Literal["linear", "mlp", "norm", "rotary"]
@@ -48,8 +46,6 @@ _BLOCKS = (
     (None, "linear_fc1", "linear_fc2"),
 )
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
-# The functions of transformers' model files, and the dimension of x that their angles lack unless told otherwise.
-_ROTARY = {"apply_rotary_pos_emb": 1, "apply_rotary_pos_emb_vision": -2}
 
 
 @dataclass
@@ -96,7 +92,7 @@ def fused(model: Any, family: Family, pieces: Collection[Piece] = PIECES) -> Ite
                     _replace_forward(module, partial(_layer_norm_forward, module), stack)
                     report.fused["norm"] += 1
         if "rotary" in pieces and use_triton(next(model.parameters())):
-            report.fused["rotary"] = _install_rotary(model, stack)
+            report.fused["rotary"] = install_rotary(model, stack)
         _LOGGER.info("%s", report)
         yield report
 
@@ -257,37 +253,3 @@ def _layer_norm_forward(module: Any, x: Tensor) -> Tensor:
 
 def _norm_forward(module: Any, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, module.variance_epsilon)
-
-
-def _install_rotary(model: Any, stack: ExitStack) -> int:
-    """Swaps the functions of the files in which the model's attention is written; gives their number."""
-    files = {sys.modules[type(module).__module__] for module in model.modules()}
-    count = 0
-    for file in files:
-        for name, dimension in _ROTARY.items():
-            stock = getattr(file, name, None)
-            if stock is None or list(inspect.signature(stock).parameters)[:4] != ["q", "k", "cos", "sin"]:
-                continue
-            setattr(file, name, partial(_rotary_forward, dimension))
-            stack.callback(setattr, file, name, stock)
-            count += 1
-    return count
-
-
-def _rotary_forward(
-    dimension: int, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Brings q and k to [batch, heads, sequence, width], the angles to [batch or 1, sequence, width], and the result back."""
-    missing = dimension if unsqueeze_dim is None else unsqueeze_dim
-    # Vision towers give [sequence, heads, width], whose angles lack the dimension in front of the width.
-    heads_second_last = missing in (-2, q.ndim - 2)
-    if cos.ndim == 2:
-        cos, sin = cos[None], sin[None]
-    shaped = [x if x.ndim == 4 else x[None] for x in (q, k)]
-    if heads_second_last:
-        shaped = [x.transpose(1, 2) for x in shaped]
-    shaped = list(rotary(shaped[0], shaped[1], cos, sin))
-    if heads_second_last:
-        shaped = [x.transpose(1, 2) for x in shaped]
-    # Not `[0]`, whose gradient would be copied into zeros.
-    return (shaped[0], shaped[1]) if q.ndim == 4 else (shaped[0].squeeze(0), shaped[1].squeeze(0))

@@ -26,6 +26,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     sin_row,
     num_heads,
     half,
+    INTERLEAVED: tl.constexpr,
     BACKWARD: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -34,19 +35,24 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     batch = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < half
+    # From the first value of a pair to the second.
+    apart = half
+    if INTERLEAVED:
+        columns = columns * 2
+        apart = 1
     cos_at = cos_ptr + batch * cos_batch + row * cos_row + columns
     sin_at = sin_ptr + batch * sin_batch + row * sin_row + columns
     cos1 = tl.load(cos_at, mask=inside, other=0.0).to(tl.float32)[None, :]
-    cos2 = tl.load(cos_at + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    cos2 = tl.load(cos_at + apart, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin1 = tl.load(sin_at, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sin2 = tl.load(sin_at + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin2 = tl.load(sin_at + apart, mask=inside, other=0.0).to(tl.float32)[None, :]
     for start in range(0, num_heads, HEADS):
         heads = (start + tl.arange(0, HEADS)).to(tl.int64)
         mask = (heads < num_heads)[:, None] & inside[None, :]
         x_at = x_ptr + batch * x_batch + row * x_row + heads[:, None] * x_head + columns[None, :]
         y_at = y_ptr + batch * y_batch + row * y_row + heads[:, None] * y_head + columns[None, :]
         x1 = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_at + half, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x_at + apart, mask=mask, other=0.0).to(tl.float32)
         if BACKWARD:
             y1 = x1 * cos1 + x2 * sin2
             y2 = x2 * cos2 - x1 * sin1
@@ -54,10 +60,10 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
             y1 = x1 * cos1 - x2 * sin1
             y2 = x2 * cos2 + x1 * sin2
         tl.store(y_at, y1.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(y_at + half, y2.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_at + apart, y2.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, backward: bool) -> Tensor:
     """Rotates by the angles, or back; see `vlm.kernels.rotary`."""
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -80,6 +86,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
             sin.stride(1),
             num_heads,
             width // 2,
+            INTERLEAVED=interleaved,
             BACKWARD=backward,
             HEADS=min(8, triton.next_power_of_2(num_heads)),
             BLOCK=block,

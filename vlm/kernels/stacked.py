@@ -79,6 +79,10 @@ class Stacked:
         """
         height, width, rank = self.num_outputs, self.num_inputs, self.rank
         end = height * len(self.projections)
+        only = self.projections[0]
+        if rank == 0 and (end, width) == (only.layer.out_features, only.layer.in_features):
+            # One layer as it is: a dense weight is not even copied.
+            return only.weight(like.dtype)
         stack = like.new_empty(end + rank, width + rank)
         used = sum(len(a) for a, _ in self.matrices if a is not None)
         if rank and (len(self.projections) > 1 or used < rank or height > self.projections[0].layer.out_features):

@@ -52,6 +52,8 @@ class Segments:
         causal: Whether a query sees only keys up to itself; None leaves that to the layer.
         queries: Positions that the query segments are made of, shape [queries]; None for all in order. The output is zero
             at all others.
+        kernel_only: Whether the lengths are but the greatest one over and over, since ends change between replays of a
+            CUDA graph; only the kernel for segments can do with that.
         keys: Positions that the key segments are made of, shape [keys], repetitions allowed; None for all in order.
     """
 
@@ -62,6 +64,7 @@ class Segments:
     causal: bool | None = None
     queries: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    kernel_only: bool = False
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Segments:
@@ -181,6 +184,8 @@ def attend(
         ends_k = segments.ends_q if segments.ends_k is None else segments.ends_k
         longest = max(lengths_q, default=0), max(lengths_k, default=0)
         output = _varlen(query, key, value, segments.ends_q, ends_k, *longest, scaling, causal, window)
+    elif segments.kernel_only:
+        raise RuntimeError(f"the kernel for segments does not take {_dtype(query)} with heads of {query.shape[-1]}")
     else:
         output = _by_segment(query, key, value, lengths_q, lengths_k, scaling, causal, window)
     if segments.queries is None:

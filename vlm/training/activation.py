@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 ActivationMode = Literal["auto", "keep", "recompute", "offload"]
+# A layer that computes for 5 ms, both ways, is longer at work than its launches take.
+LAUNCH_BOUND_OPERATIONS = 4e12
 # Of the device's memory: the allocator cannot use all of it, and estimates err.
 _USABLE_SHARE = 0.9
 

@@ -7,7 +7,7 @@ slice starts at a multiple of the 8-bit state's blocks, which so never mix two m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,15 @@ SEEN = "had_gradient"
 class FlatParameters:
     """Makes an optimiser work on one long tensor per group.
 
-    A parameter without a gradient counts as one whose gradient is zero: unlike before, its moments decay meanwhile.
+    Gradients are added up where the optimiser reads them; so there is one copy of them, and none is made.
+
+    A parameter without a gradient in a step counts as one whose gradient is zero: its moments decay meanwhile.
 
     Args:
         optimizer: Without state yet; its groups are changed in place.
 
     Attributes:
-        gradients: The place of each parameter's gradient. One that is there already when the step begins is not copied.
+        gradients: The place of each parameter's gradient.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -41,7 +43,31 @@ class FlatParameters:
             group["params"] = [self._flatten(parameters)]
             group[SEEN] = [False] * len(parameters)
         self._optimizer = optimizer
-        optimizer.register_step_pre_hook(self._gather)
+        self._seen: set[Tensor] = set()
+        self._hooks = {
+            parameter: parameter.register_post_accumulate_grad_hook(lambda own: self.mark([own]))
+            for parameter in self.gradients
+        }
+        optimizer.register_step_pre_hook(self._take)
+
+    def begin(self) -> None:
+        """Puts gradients, all zero, to their places. To be called when a step begins."""
+        for whole in self._gradients:
+            whole.zero_()
+        for parameter, place in self.gradients.items():
+            parameter.grad = place
+
+    def mark(self, parameters: Iterable[Tensor]) -> None:
+        """Notes that parameters have a gradient.
+
+        Args:
+            parameters: Some that an optimiser's group held.
+        """
+        for parameter in parameters:
+            self._seen.add(parameter)
+            hook = self._hooks.pop(parameter, None)
+            if hook is not None:
+                hook.remove()
 
     def _flatten(self, parameters: Sequence[Any]) -> torch.nn.Parameter:
         first = parameters[0]
@@ -60,28 +86,16 @@ class FlatParameters:
             self.gradients[parameter] = whole[part].view(parameter.shape)
         return flat
 
-    def _gather(self, *_: Any) -> None:
-        """Brings gradients to their slices, where they are not there already."""
+    def _take(self, *_: Any) -> None:
+        """Hands the gradients to the optimiser, whoever took them away since the last step."""
         # Loading a checkpoint replaces the groups.
         for group, parameters, whole in zip(
             self._optimizer.param_groups, self._parameters, self._gradients, strict=True
         ):
-            # Whoever zeroes gradients takes them away.
             group["params"][0].grad = whole
-            slices, values, missing = [], [], []
-            for number, parameter in enumerate(parameters):
-                own = self.gradients[parameter]
-                if parameter.grad is None:
-                    missing.append(own)
-                    continue
-                group[SEEN][number] = True
-                if parameter.grad is not own:
-                    slices.append(own)
-                    values.append(parameter.grad)
-            if slices:
-                torch._foreach_copy_(slices, values)
-            if missing:
-                torch._foreach_zero_(missing)
+            group[SEEN] = [had or own in self._seen for had, own in zip(group[SEEN], parameters, strict=True)]
+            moved = [own for own in parameters if own.grad is not None and own.grad is not self.gradients[own]]
+            assert not moved, "a step begins with `begin`"
 
     def without_gradient(self, names: Mapping[str, Tensor]) -> list[str]:
         """Names of parameters that never had a gradient.

@@ -21,7 +21,7 @@ from typing import Any
 
 from vlm.families import Family
 from vlm.kernels.limits import HEAD_CHUNK_BYTES, HEAD_COPIES
-from vlm.training.activation import ActivationPlan
+from vlm.training.activation import LAUNCH_BOUND_OPERATIONS, ActivationPlan
 
 _HIDDEN_UNITS, _INTERMEDIATE_UNITS = 12.0, 6.5
 # While a fused layer runs backward: gradients as wide as its feed-forward block (of gate and up; of a plain block before and
@@ -54,6 +54,12 @@ class Tower:
     joint: bool = False
     """Whether one projection makes queries, keys and values."""
 
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the matrices of one layer."""
+        feed_forward = (3 if self.gated else 2) * self.intermediate
+        return self.hidden * (2 * self.hidden + 2 * self.key_value + feed_forward)
+
     def kept_values(self, *, fused: bool) -> float:
         """Values that a layer keeps per position for its backward pass.
 
@@ -85,8 +91,9 @@ class Tower:
         offload: bool = False,
         trained: bool = True,
         fused: bool = True,
-    ) -> float:
-        """Bytes alive at the peak of the backward pass.
+        captured: bool = False,
+    ) -> tuple[float, float]:
+        """Bytes that wait for the backward pass, and bytes beside them while it runs through these layers.
 
         Args:
             length_tokens: Tokens (or patches) in one pass, padding included.
@@ -95,21 +102,27 @@ class Tower:
             offload: Whether their inputs wait in the host's memory.
             trained: False for a frozen stack, which keeps no graph.
             fused: Whether the fused pieces are used.
+            captured: Whether layers may be replayed as CUDA graphs.
 
         Returns:
-            The estimate.
+            The estimates.
         """
         layer = self.kept_values(fused=fused)
         if num_recomputed is None:
             num_recomputed = self.num_layers
+        num_kept = self.num_layers - num_recomputed
+        unit = length_tokens * value_bytes
         if not trained:
-            values = layer
-        else:
-            values = (self.num_layers - num_recomputed) * layer + self.working_values(fused=fused)
-            if num_recomputed:
-                inputs = min(num_recomputed, _OFFLOADS_IN_FLIGHT) if offload else num_recomputed
-                values += inputs * self.hidden + layer
-        return length_tokens * value_bytes * (values + _OUTSIDE_HIDDEN_UNITS * self.hidden)
+            return 0.0, unit * (layer + _OUTSIDE_HIDDEN_UNITS * self.hidden)
+        waiting = num_kept * layer
+        if captured and 4.0 * length_tokens * self.layer_weights < LAUNCH_BOUND_OPERATIONS:
+            # Outputs of such layers lie at fixed addresses, too.
+            waiting += num_kept * self.hidden
+        working = self.working_values(fused=fused) + _OUTSIDE_HIDDEN_UNITS * self.hidden
+        if num_recomputed:
+            waiting += (min(num_recomputed, _OFFLOADS_IN_FLIGHT) if offload else num_recomputed) * self.hidden
+            working += layer
+        return unit * waiting, unit * working
 
 
 @dataclass(frozen=True)
@@ -189,6 +202,7 @@ def estimate_memory(
     activations: ActivationPlan,
     fused: bool,
     optimizer: str,
+    captured: bool = False,
     patches_per_token: int | None = None,
 ) -> MemoryEstimate:
     """Estimates one step.
@@ -205,31 +219,36 @@ def estimate_memory(
         activations: Which layers are recomputed.
         fused: Whether the fused pieces are used.
         optimizer: ``adamw`` or ``adamw_8bit``.
+        captured: Whether layers of small steps are replayed as CUDA graphs.
         patches_per_token: Patches behind one visual token, where the configuration does not tell.
 
     Returns:
         The parts of the estimate.
     """
     language, vision, merged_patches = towers(config, family)
-    activation_bytes = language.activation_bytes(
+    captured = captured and not activations.offload
+    language_waits, language_works = language.activation_bytes(
         length_tokens,
         value_bytes,
         num_recomputed=activations.recomputed_language,
         offload=activations.offload,
         fused=fused,
+        captured=captured,
     )
-    activation_bytes += vision.activation_bytes(
+    vision_waits, vision_works = vision.activation_bytes(
         num_visual_tokens * (patches_per_token or merged_patches),
         value_bytes,
         num_recomputed=activations.recomputed_vision,
         offload=activations.offload,
         trained=trains_vision,
         fused=fused,
+        captured=captured,
     )
     vocabulary = int((config.get("text_config") or config).get("vocab_size") or config.get("vocab_size") or 0)
     return MemoryEstimate(
         weights_bytes=weights_bytes,
         adapter_bytes=int(num_trainable * (4 + 4 + _OPTIMIZER_BYTES[optimizer])),
-        activations_bytes=int(activation_bytes),
+        # The backward pass is through with the language model when it comes to the vision tower.
+        activations_bytes=int(vision_waits + max(language_waits + language_works, vision_works)),
         logits_bytes=int(HEAD_COPIES * min(length_tokens * vocabulary * 4, HEAD_CHUNK_BYTES)),
     )

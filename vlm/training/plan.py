@@ -152,10 +152,12 @@ def make_plan(
             activations=activations,
             fused=training.fused_kernels,
             optimizer=optimizer,
+            captured=device == "cuda" and training.cuda_graphs,
             patches_per_token=family.patches_per_token(config) if family.patches_per_token else None,
         )
 
-    # Activations are linear in both counts, so two numbers give the cost of any row or micro-batch.
+    # Two numbers give a bound of the cost of any row or micro-batch: what waits is linear in both counts, and of what works
+    # in language model and vision tower the larger counts.
     def activation_costs(activations: ActivationPlan) -> tuple[int, int]:
         text, image = (estimate(*counts, activations).activations_bytes for counts in ((1, 0), (0, 1)))
         return text, image

@@ -154,12 +154,20 @@ def _rotary(device: str, dtype: torch.dtype) -> Forms:
     from vlm.kernels.rotary import rotary, rotary_eager
 
     make = _numbers(device, dtype)
-    angles = make(1, 11, 24).float().repeat(1, 1, 2)
+    # Different in both layouts for every value of a head.
+    angles = make(1, 11, 48).float()
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     # Strided as attention layers have them: heads behind the sequence in memory.
     queries, keys = (make(1, 11, heads, 48).transpose(1, 2) for heads in (4, 2))
+
+    def all_layouts(function: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (*function(*inputs), *function(*inputs, interleaved=True))
+
     return _both(
-        lambda q, k: rotary(q, k, cos, sin), lambda q, k: rotary_eager(q, k, cos.float(), sin.float()), queries, keys
+        lambda q, k: all_layouts(rotary, q, k, cos, sin),
+        lambda q, k: all_layouts(rotary_eager, q, k, cos.float(), sin.float()),
+        queries,
+        keys,
     )
 
 

@@ -144,7 +144,7 @@ class AdapterTrainer(SFTTrainer):
         if made and self.args.device.type == "cuda" and self._is_adapter() and not self.args.fp16:
             self._flat = FlatParameters(optimizer)
             for stack in self._stacks:
-                stack.gradients.update(self._flat.gradients)
+                stack.flat = self._flat
         return optimizer
 
     def _is_adapter(self) -> bool:
@@ -220,6 +220,8 @@ class AdapterTrainer(SFTTrainer):
             parts = self._shrinking.parts(rows)
             if parts != rows:
                 rows, micro_batches = parts, [self._collate(part) for part in parts]
+            if self._flat is not None:
+                self._flat.begin()
             failed, num_counts = None, len(self._right)
             total: Any = 0.0
             for number, micro_batch in enumerate(micro_batches):

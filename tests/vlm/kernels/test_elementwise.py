@@ -137,12 +137,17 @@ def test_the_models_activations_are_known() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("batch", "angles"), [(1, 1), (2, 2), (2, 1)])
 @pytest.mark.parametrize("width", [4, 80])
-def test_rotary(random: Random, device: str, dtype: torch.dtype, batch: int, angles: int, width: int) -> None:
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary(
+    random: Random, device: str, dtype: torch.dtype, batch: int, angles: int, width: int, interleaved: bool
+) -> None:
     # 12 query heads over 3 key heads, as views of a projection's rows.
     rows = random(batch, 5, 15, width).to(device, dtype).requires_grad_()
     q, k = (part.transpose(1, 2) for part in rows.split((12, 3), dim=2))
     cos, sin = (random(angles, 5, width).to(device, dtype) for _ in range(2))
-    found, expected = (torch.cat(function(q, k, cos, sin), 1) for function in (rotary, rotary_eager))
+    found, expected = (
+        torch.cat(function(q, k, cos, sin, interleaved=interleaved), 1) for function in (rotary, rotary_eager)
+    )
     assert_near(found, expected, dtype)
     dy = random(batch, 15, 5, width).to(device, dtype)
     assert_near(*(torch.autograd.grad(y, rows, dy)[0] for y in (found, expected)), dtype)

@@ -42,10 +42,12 @@ def close(found: torch.Tensor, expected: torch.Tensor, bound: float = 2e-2) -> N
     assert (found.float() - expected.float()).norm() <= bound * expected.float().norm()
 
 
+# A width that is no multiple of 8 is padded inside of the block.
+@pytest.mark.parametrize("width", [320, 340])
 @pytest.mark.parametrize("num_rows", [1, 77, 513])
-def test_projections_in_bfloat16(num_rows: int) -> None:
+def test_projections_in_bfloat16(num_rows: int, width: int) -> None:
     torch.manual_seed(0)
-    up, down, gate = adapted(256, 320), adapted(320, 256), adapted(256, 320)
+    up, down, gate = adapted(256, width), adapted(width, 256), adapted(256, width)
     x = torch.randn(num_rows, 256, device="cuda", requires_grad=True)
     act = torch.nn.SiLU()
     matrices = [matrix for layer in (up, down, gate) for matrix in layer[1:]]

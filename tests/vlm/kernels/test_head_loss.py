@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -73,21 +74,27 @@ def test_logits_are_never_whole(random: Random, stored: Callable[[], list[torch.
     head = frozen(random, bias=False)
     head_loss(random(20, 32, learns=True), head, torch.zeros(20, dtype=torch.int64))
     assert [tuple(tensor.shape) for tensor in stored()] == [(20, 32)]
-    largest = 0
+    largest = most_at_once = 0
+    chunks: list[weakref.ref[torch.Tensor]] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
+            nonlocal largest, most_at_once
             result = func(*args, **(kwargs or {}))
             for tensor in result if isinstance(result, tuple) else (result,):
                 # The head itself is [words, 32], and turned round [32, words].
                 if isinstance(tensor, torch.Tensor) and NUM_WORDS in tensor.shape and 32 not in tensor.shape:
                     largest = max(largest, tensor.numel() // NUM_WORDS)
+                    chunks.append(weakref.ref(tensor))
+            alive = {chunk.data_ptr() for reference in chunks if (chunk := reference()) is not None}
+            most_at_once = max(most_at_once, len(alive))
             return result
 
     with Watch():
         head_loss(random(20, 32, learns=True), head, torch.zeros(20, dtype=torch.int64))
     assert largest == 7
+    # In float32 even the narrow copy is the chunk itself.
+    assert most_at_once == 1
 
 
 def test_evaluation_makes_no_gradient(random: Random, stored: Callable[[], list[torch.Tensor]]) -> None:

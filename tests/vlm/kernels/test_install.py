@@ -20,6 +20,7 @@ from vlm.config import LoraConfig
 from vlm.families import FAMILIES
 from vlm.kernels import activation
 from vlm.kernels.install import fused
+from vlm.kernels.rotary import rotary
 from vlm.lora.attach import attached
 from vlm.lora.build import build_adapter
 from vlm.lora.peft_model import adapter_parameters, base_model
@@ -53,6 +54,15 @@ def test_whole_models(
         activation.activate(*args, name=name, **kwargs)
 
     monkeypatch.setattr("vlm.kernels.mlp.activate", watched)
+    # Rotary embedding is fused where Triton runs alone; here its plain operations stand in for the kernel.
+    monkeypatch.setattr("vlm.kernels.install.use_triton", lambda x: True)
+    rotations: list[bool] = []
+
+    def rotated(*args: Any, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        rotations.append(interleaved)
+        return rotary(*args, interleaved=interleaved)
+
+    monkeypatch.setattr("vlm.kernels.rotary_install.rotary", rotated)
     run = tiny_run(model_type, quantization)
     lora = TINY[model_type].possible(LoraConfig(rank=4, finetune_projector=True))
     build_adapter(run.loaded, lora, tmp_path / "adapter")
@@ -85,6 +95,11 @@ def test_whole_models(
     # Gemma's RMSNorms multiply by one more than their weight, and stay with transformers.
     stock = [module for module in run.loaded.model.modules() if type(module) is torch.nn.LayerNorm]
     assert report.fused["norm"] >= 4 + len(stock) if model_type != "gemma3" else report.fused["norm"] == len(stock)
+    # Functions of files: one at least for the language model, whose layers call it.
+    assert report.fused["rotary"] >= 1
+    assert rotations
+    # GLM's language model alone rotates neighbours; its tower rotates halves.
+    assert set(rotations) == ({False, True} if model_type == "glm_ocr" else {False})
     assert not report.left
     # Every layer has one block; a layer of experts has them shared. Where gate and up projection are joined, only their
     # linear layers are fused.

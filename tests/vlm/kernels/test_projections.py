@@ -109,6 +109,21 @@ def test_autocast_decides_the_type(random: Random) -> None:
     expected = lora_linear_eager(x, *layer)
     torch.testing.assert_close(y.float(), expected, rtol=1e-2, atol=1e-2 * float(expected.detach().abs().max()))
 
+    # A feed-forward block likewise, which writes products into tensors of its own.
+    up, down, gate = adapted(64, 100, random), adapted(100, 64, random), adapted(64, 100, random)
+    act = activation("silu")
+    with torch.autocast("cpu", torch.float16):
+        y = mlp(x, up, down, gate, act)
+    assert y.dtype == torch.float16
+    matrices = [matrix for part in (up, down, gate) for matrix in part[1:]]
+    expected = mlp_eager(x, up, down, gate, act)
+    results = [(y.float(), expected)]
+    results += zip(*(torch.autograd.grad(out.float().sum(), matrices) for out in (y, expected)), strict=True)
+    for found, wanted in results:
+        assert found.dtype == torch.float32
+        # As vectors: rounded to 11 bits in each of a handful of steps.
+        assert (found - wanted).norm() < 1e-2 * wanted.norm()
+
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_what_a_lora_layer_keeps(random: Random, storage: str, stored: Callable[[], list[torch.Tensor]]) -> None:

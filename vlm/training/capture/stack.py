@@ -1,0 +1,241 @@
+"""What the layers of a tower share: graphs by shape, slots, and the memory of graphs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vlm.training.capture.inputs import Call, Inputs, rounded
+
+if TYPE_CHECKING:
+    from vlm.training.capture.layer import CapturedLayer, Entry
+    from vlm.training.flat import FlatParameters
+
+# Shapes of one layer that are kept as graphs; each costs some megabytes of launches.
+_MOST_SHAPES = 24
+
+
+def make_room() -> None:
+    """Gives back memory that the allocator keeps for later, if there is little else: while recording it cannot."""
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
+    if min(free, share * total - reserved) < reserved - torch.cuda.memory_allocated():
+        torch.cuda.empty_cache()
+
+
+class Graph:
+    """One CUDA graph."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._graph: Any = None
+
+    def capture(self, function: Callable[[], None]) -> None:
+        """Records what a function launches, without running it."""
+        stack, current = self._stack, torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        make_room()
+        stack.stream.wait_stream(current)
+        with torch.cuda.stream(stack.stream):
+            # Other threads (of a data loader, say) go on meanwhile.
+            graph.capture_begin(pool=stack.memory.pool, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        current.wait_stream(stack.stream)
+        self._graph = graph
+
+    def replay(self) -> None:
+        """Launches it on the current stream."""
+        self._graph.replay()
+
+
+class Rerun(Graph):
+    """The same without a GPU: runs the function again. For tests."""
+
+    def capture(self, function: Callable[[], None]) -> None:
+        """Keeps the function."""
+        self._graph = function
+
+    def replay(self) -> None:
+        """Runs it."""
+        self._graph()
+
+
+class Memory:
+    """The memory that graphs work in.
+
+    What one graph frees the next may use, since they run one after the other. Where nothing in it outlives a graph, that
+    is, where all layers are recomputed, several stacks can share it.
+    """
+
+    def __init__(self) -> None:
+        self.stacks: list[Stack] = []
+        self._pool: Any = None
+
+    @property
+    def pool(self) -> Any:
+        """Its handle."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def renew(self) -> None:
+        """Takes another where no graph is left: the memory goes with the last one."""
+        if not any(stack.has_graphs for stack in self.stacks):
+            self._pool = None
+
+
+class Shape:
+    """The graphs of one shape: what one pass through the stack captured, all of it or nothing.
+
+    What a layer keeps for its way back lies in the graphs' common memory, where only the order of one whole pass says who
+    may use which part when. So a layer is never captured into the graphs of an earlier pass.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[int, tuple[Any, Entry]] = {}
+        self.capturing = True
+        self._inputs: dict[Any, list[Inputs]] = {}
+
+    def inputs(self, call: Call, sizes: tuple[int, int, int]) -> Inputs:
+        """The copies that hold this call's values, or new ones."""
+        key = sizes, call.constants, tuple((name, own.shape[:-2]) for name, (own, _) in call.along.items())
+        known = self._inputs.setdefault(key, [])
+        for inputs in known:
+            if inputs.holds(call):
+                return inputs
+        known.append(Inputs(call, *sizes))
+        return known[-1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all layers went back, too."""
+        return all(entry.backward is not None for _, entry in self.entries.values())
+
+
+class Stack:
+    """What the layers of a tower share.
+
+    Args:
+        graph: Makes a graph.
+        memory: What graphs work in.
+        limit: Operations of a layer, both ways, above which it is not captured: there the host is ahead anyway.
+        most_positions: Positions of the largest row to come, as far as known: a larger one throws away all graphs.
+
+    Attributes:
+        flat: Gives parameters' gradients their places, if they have any.
+        num_replays: Calls that were replayed.
+        reasons: Why the others ran without a graph, and how many.
+    """
+
+    def __init__(
+        self,
+        graph: type[Graph] = Graph,
+        *,
+        memory: Memory | None = None,
+        limit: float = float("inf"),
+        most_positions: int = 0,
+    ) -> None:
+        self.graph, self.limit, self.most_positions = graph, limit, most_positions
+        self.memory = memory or Memory()
+        self.memory.stacks.append(self)
+        self.num_replays = 0
+        self.flat: FlatParameters | None = None
+        self.reasons: Counter[str] = Counter()
+        self.layers: list[CapturedLayer] = []
+        self.disabled = False
+        self.active: Shape | None = None
+        self._position = -1
+        self._seen: Counter[Any] = Counter()
+        self._shapes: dict[Any, Shape] = {}
+        self._active_key: Any = None
+        self._capacity = 0
+        self._slots: dict[Any, Tensor] = {}
+        self._stream: Any = None
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether any shape was captured."""
+        return bool(self._shapes)
+
+    @property
+    def stream(self) -> Any:
+        """Where graphs are recorded."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+            with torch.cuda.stream(self._stream):
+                # Workspaces of the matrix library, which must not be made while recording.
+                small = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
+                torch.nn.functional.linear(small, small, small[0])
+            self._stream.synchronize()
+        return self._stream
+
+    def enter(self, index: int, key: Any, num_positions: int, width: int) -> str | None:
+        """Says that a layer is called; the first of a pass settles which graphs the pass takes.
+
+        Args:
+            index: The layer's.
+            key: Its shape.
+            num_positions: Positions of its padded input.
+            width: Values of a position.
+
+        Returns:
+            Why this pass has no graphs; None if it has.
+        """
+        first, self._position = index <= self._position or self._position < 0, index
+        if not first:
+            return None if self.active is not None else "pass without graphs"
+        self.active = None
+        if any(layer.in_flight for layer in self.layers):
+            return "called twice"
+        shape = self._shapes.get((index, key))
+        if shape is not None and not shape.complete:
+            # A pass that was broken off.
+            del self._shapes[index, key]
+            shape = None
+        if shape is None:
+            self._seen[index, key] += 1
+            if self._seen[index, key] < 2:
+                return "new shape"
+            if num_positions * width > self._capacity:
+                self.clear()
+                self._capacity = max(num_positions, rounded(self.most_positions)) * width
+            if len(self._shapes) >= _MOST_SHAPES:
+                return "too many shapes"
+            self.memory.renew()
+            shape = self._shapes[index, key] = Shape()
+        else:
+            shape.capturing = False
+        self.active, self._active_key = shape, (index, key)
+        return None
+
+    def fits(self, num_values: int) -> bool:
+        """Whether slots hold so many values."""
+        return num_values <= self._capacity
+
+    def forget(self) -> None:
+        """Has the shape of this pass captured anew when it comes again."""
+        self._shapes.pop(self._active_key, None)
+        self.active = None
+
+    def clear(self) -> None:
+        """Throws away all graphs."""
+        self._shapes.clear()
+        self._slots.clear()
+        self._capacity = 0
+
+    def slot(self, kind: str, index: int, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """A tensor of a shape at the fixed address of a layer's input ("x") or gradient ("dx")."""
+        key = kind, index, like.dtype
+        if key not in self._slots:
+            # Zeros: what is beyond a row must never be NaN.
+            self._slots[key] = torch.zeros(self._capacity, dtype=like.dtype, device=like.device)
+        return self._slots[key][: math.prod(shape)].view(*shape)
