@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -52,11 +53,21 @@ def parse(arguments: list[str]) -> tuple[RunConfig, argparse.Namespace]:
         " model learns the built-in receipts. Lists are written as JSON or with commas, no value as null.",
         allow_abbrev=False,
     )
+    add_run_options(parser, STEPS)
+    return read_settings(arguments, parser, Arguments, RunConfig)
+
+
+def add_run_options(parser: argparse.ArgumentParser, steps: Sequence[str]) -> None:
+    """Adds the options that are not settings.
+
+    Args:
+        parser: Of a flow's command line.
+        steps: The flow's, in order.
+    """
     parser.add_argument("--plan", action="store_true", help="say what would run and why, then stop")
     parser.add_argument(
-        "--rerun-from", metavar="STEP", choices=STEPS, help=f"run this step and all after it: {', '.join(STEPS)}"
+        "--rerun-from", metavar="STEP", choices=steps, help=f"run this step and all after it: {', '.join(steps)}"
     )
-    return read_settings(arguments, parser, Arguments, RunConfig)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         check(config)
     except Exception as error:
         return complain(error, status=2)
-    return run(config, options.rerun_from)
+    return run(lambda: run_flow(config, options.rerun_from))
 
 
 def show_plan(config: RunConfig, rerun_from: StepName | None) -> int:
@@ -94,13 +105,20 @@ def check(config: RunConfig) -> None:
     check_inputs(Session.open(config))
 
 
-def run(config: RunConfig, rerun_from: StepName | None) -> int:
-    """Runs the flow and prints its last lines."""
+def run(flow: Callable[[], dict[str, Any]]) -> int:
+    """Runs a flow and prints its last lines.
+
+    Args:
+        flow: Runs it in this process and gives its summary.
+
+    Returns:
+        The exit status.
+    """
     # Prefect sends SIGTERM on to this handler once the run is marked; by default it would end the process so abruptly
     # that its embedded server stays behind.
     signal.signal(signal.SIGTERM, end)
     try:
-        summary = run_flow(config, rerun_from)
+        summary = flow()
     except KeyboardInterrupt:
         end(signal.SIGINT)
     except Exception as error:

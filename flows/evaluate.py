@@ -15,7 +15,7 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.shared import publish_to_prefect, run_mending, value_of
+from flows.shared import failures_tracked, finish_tracking, publish_to_prefect, run_mending, value_of
 from tasks.evaluation_graph import EvaluationStepName
 from tasks.evaluation_runs import EvaluationRuns
 from tasks.graph import Json
@@ -24,7 +24,6 @@ from tasks.inference_mode import Predicted, inference_mode
 from tasks.load_model import load_model
 from tasks.prepare_dataset import prepare_dataset
 from tasks.score_subject import Scored, answer_bare, score, summarise_evaluation
-from tasks.summary import metric_figures
 from tasks.tracking import Tracker
 from vlm.config import EvaluateConfig
 
@@ -46,20 +45,15 @@ def evaluate(config: EvaluateConfig, rerun_from: EvaluationStepName | None = Non
     if config.tracking.enabled:
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None, shown=config)
     try:
-        scored = run_mending(lambda: run_steps(runs))
-        summary = summarise_evaluation(runs, scored)
-        if not all(step["cached"] for step in summary["steps"].values()):
-            if session.tracker is not None:
-                session.tracker.start()
-                session.tracker.log_report(session.local(scored.metrics), session.local(scored.report))
-                refs = {f"{n}.{o}": ref for n, result in session.results.items() for o, ref in result.outputs.items()}
-                session.tracker.finish(refs, metric_figures(summary))
-            publish_to_prefect(summary)
-        return summary
-    except BaseException as error:
-        if session.tracker is not None:
-            session.tracker.fail(killed=not isinstance(error, Exception))
-        raise
+        with failures_tracked(session):
+            scored = run_mending(lambda: run_steps(runs))
+            summary = summarise_evaluation(runs, scored)
+            if not all(step["cached"] for step in summary["steps"].values()):
+                if session.tracker is not None:
+                    session.tracker.start()
+                    finish_tracking(session.tracker, session, summary, scored.metrics, scored.report)
+                publish_to_prefect(summary)
+            return summary
     finally:
         runs.close()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
+from typing import Any
 
-from flows.cli import complain, end, quieten
+from flows.cli import add_run_options, complain, quieten, run
 from flows.settings import COMMAND_LINE, CommandLine, Parser, read_settings
 from tasks.evaluation_graph import EVALUATION_STEPS, EvaluationStepName
 from vlm.config import EvaluateConfig
@@ -41,13 +41,7 @@ def parse(arguments: list[str]) -> tuple[EvaluateConfig, argparse.Namespace]:
         " as JSON or with commas, no value as null.",
         allow_abbrev=False,
     )
-    parser.add_argument("--plan", action="store_true", help="say what would run and why, then stop")
-    parser.add_argument(
-        "--rerun-from",
-        metavar="STEP",
-        choices=EVALUATION_STEPS,
-        help=f"run this step and all after it: {', '.join(EVALUATION_STEPS)}",
-    )
+    add_run_options(parser, EVALUATION_STEPS)
     return read_settings(arguments, parser, Arguments, EvaluateConfig, not_read=OF_TRAINING)
 
 
@@ -69,22 +63,20 @@ def main(arguments: list[str] | None = None) -> int:
         runs.check_inputs()
     except Exception as error:
         return complain(error, status=2)
-    return run(config, options.rerun_from)
+    return run(lambda: run_flow(config, options.rerun_from))
 
 
-def run(config: EvaluateConfig, rerun_from: EvaluationStepName | None) -> int:
-    """Runs the flow and prints its last lines."""
-    signal.signal(signal.SIGTERM, end)
+def run_flow(config: EvaluateConfig, rerun_from: EvaluationStepName | None) -> dict[str, Any]:
+    """Runs the flow in this process, quietly.
+
+    Args:
+        config: All settings.
+        rerun_from: Step that must run, with all after it.
+
+    Returns:
+        The summary of the run.
+    """
     quieten()
-    try:
-        from flows.evaluate import evaluate
+    from flows.evaluate import evaluate
 
-        summary = evaluate(config, rerun_from)
-    except KeyboardInterrupt:
-        end(signal.SIGINT)
-    except Exception as error:
-        return complain(error, status=1)
-    from tasks.summary import format_summary
-
-    sys.stdout.write(format_summary(summary) + "\n")
-    return 0
+    return evaluate(config, rerun_from)

@@ -1,16 +1,20 @@
-"""What the flows share: repeating after damage, and what the Prefect UI shows."""
+"""What the flows share: repeating after damage, the tracked run's end, and what the Prefect UI shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from prefect import State, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from artifacts.errors import CorruptObjectError, NotFoundError
+from artifacts.refs import ArtifactRef
 from tasks.graph import Json
-from tasks.summary import format_summary, metric_rows, report_markdown
+from tasks.session import Session
+from tasks.summary import format_summary, metric_figures, metric_rows, report_markdown
+from tasks.tracking import Tracker
 
 R = TypeVar("R")
 
@@ -48,3 +52,36 @@ def publish_to_prefect(summary: Json) -> None:
     create_table_artifact(metric_rows(summary), key="metrics", description="Tuned and base model on held-out rows")
     create_markdown_artifact(f"```text\n{format_summary(summary)}\n```", key="summary", description="Last lines")
     create_markdown_artifact(report_markdown(summary), key="report", description="The report in short")
+
+
+@contextmanager
+def failures_tracked(session: Session) -> Iterator[None]:
+    """Marks the tracked run as failed, or as killed, when its steps end in an error.
+
+    Args:
+        session: The run.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if session.tracker is not None:
+            session.tracker.fail(killed=not isinstance(error, Exception))
+        raise
+
+
+def finish_tracking(
+    tracker: Tracker, session: Session, summary: Json, metrics: ArtifactRef, report: ArtifactRef
+) -> None:
+    """Writes what came out into the tracked run and ends it.
+
+    Args:
+        tracker: Of the run.
+        session: The run, with the results of all its steps.
+        summary: Of the run.
+        metrics: Its metrics.
+        report: Its report.
+    """
+    if tracker.run_id is not None:
+        tracker.log_report(session.local(metrics), session.local(report))
+    refs = {f"{n}.{o}": ref for n, result in session.results.items() for o, ref in result.outputs.items()}
+    tracker.finish(refs, metric_figures(summary))

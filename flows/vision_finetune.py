@@ -14,7 +14,7 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.shared import publish_to_prefect, run_mending, value_of
+from flows.shared import failures_tracked, finish_tracking, publish_to_prefect, run_mending, value_of
 from tasks.configure_lora import configure_lora
 from tasks.evaluate_and_save import Saved, evaluate_and_save
 from tasks.graph import Json, StepName
@@ -23,7 +23,7 @@ from tasks.load_model import load_model
 from tasks.plan import check_inputs
 from tasks.prepare_dataset import prepare_dataset
 from tasks.session import Session
-from tasks.summary import metric_figures, summarise
+from tasks.summary import summarise
 from tasks.tracking import Tracker
 from tasks.train import train
 from tasks.training_mode import training_mode
@@ -48,20 +48,14 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
     if session.config.tracking.enabled:
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None)
     try:
-        saved = run_mending(lambda: run_steps(session))
-        summary = summarise(session, *saved)
-        if session.tracker is not None:
-            if session.tracker.run_id is not None:
-                session.tracker.log_report(session.local(saved.metrics), session.local(saved.report))
-            refs = {f"{n}.{o}": ref for n, result in session.results.items() for o, ref in result.outputs.items()}
-            session.tracker.finish(refs, metric_figures(summary))
-        if not all(step["cached"] for step in summary["steps"].values()):
-            publish_to_prefect(summary)
-        return summary
-    except BaseException as error:
-        if session.tracker is not None:
-            session.tracker.fail(killed=not isinstance(error, Exception))
-        raise
+        with failures_tracked(session):
+            saved = run_mending(lambda: run_steps(session))
+            summary = summarise(session, *saved)
+            if session.tracker is not None:
+                finish_tracking(session.tracker, session, summary, saved.metrics, saved.report)
+            if not all(step["cached"] for step in summary["steps"].values()):
+                publish_to_prefect(summary)
+            return summary
     finally:
         session.close()
 

@@ -6,8 +6,9 @@ import csv
 import io
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from vlm.evaluation.pages import beside, raw, template
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,8 @@ def as_csv(compared: Compared) -> str:
 
 def as_html(compared: Compared) -> str:
     """The table as a self-contained page in the report's style, without any script."""
-    import jinja2
-    import markupsafe
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vlm.evaluation", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    return environment.get_template("comparison.html.j2").render(
-        compared=compared, style=markupsafe.Markup(style), plain=_plain, legend=_legend(compared)
+    return template("comparison.html.j2").render(
+        compared=compared, style=raw(beside("report.css")), plain=_plain, legend=_legend(compared)
     )
 
 

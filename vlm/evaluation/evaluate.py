@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from vlm.evaluation.failures import FAILURE_KINDS, failure_kinds
 from vlm.evaluation.intervals import CONFIDENCE, NUM_DRAWS, NUM_SWAPS, SEED, clusters
 from vlm.evaluation.metrics import METRICS, cleaner, value
 from vlm.evaluation.predictions import Prediction, read_predictions
-from vlm.evaluation.scores import Scores, figures, score_rows
+from vlm.evaluation.scores import Scores, figures, score_rows, worst_first
 from vlm.evaluation.slices import slice_values
 from vlm.summary import Summary
 
@@ -138,7 +138,7 @@ def evaluate_predictions(
             kind: {who: sum(kind in kinds for kinds in failures[who]) if who in failures else None for who in MODELS}
             for kind in FAILURE_KINDS
         },
-        "worst_rows": [lines[position]["id"] for position in _worst_first(lines, metrics)[:NUM_WORST_ROWS]],
+        "worst_rows": [lines[position]["id"] for position in worst_first(lines, metrics)[:NUM_WORST_ROWS]],
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / METRICS_FILE).write_text(
@@ -153,13 +153,6 @@ def evaluate_predictions(
         tuned={name: entry["tuned"]["value"] for name, entry in metrics.items()},
         base=None if base_rows is None else {name: entry["base"]["value"] for name, entry in metrics.items()},
     )
-
-
-def _worst_first(lines: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[int]:
-    """Positions of rows by the leading metric of the tuned model, worst first, ties in row order."""
-    name, entry = next(iter(metrics.items()))
-    sign = -1 if entry["better"] == "lower" else 1
-    return sorted(range(len(lines)), key=lambda position: (sign * lines[position]["tuned"][name], position))
 
 
 def _clusters(groups: Sequence[str | None]) -> tuple[npt.NDArray[np.int64], str]:

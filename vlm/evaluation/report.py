@@ -17,6 +17,7 @@ from typing import Any
 
 from vlm.evaluation.curves import Chart, charts
 from vlm.evaluation.evaluate import METRICS_FILE, ROWS_FILE
+from vlm.evaluation.pages import beside, raw, template
 from vlm.evaluation.report_data import DATA_ID, data_block
 from vlm.evaluation.report_rows import ImageRows, row_kinds, shown_rows
 from vlm.evaluation.verdicts import verdict
@@ -55,27 +56,18 @@ def render_report(
     Raises:
         DataError: `rows` are not the rows that were scored.
     """
-    import jinja2
-
     metrics = json.loads((metrics_dir / METRICS_FILE).read_text(encoding="utf-8"))
     with (metrics_dir / ROWS_FILE).open(encoding="utf-8", newline="\n") as handle:
         scored = [json.loads(line) for line in handle]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vlm.evaluation", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = _beside("report.js")
+    script = beside("report.js")
     shown = shown_rows(scored, rows, metrics)
-    page = environment.get_template("report.html.j2").render(
+    page = template("report.html.j2").render(
         title=title,
-        style=_raw(_beside("report.css")),
-        script=_raw(script),
+        style=raw(beside("report.css")),
+        script=raw(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         data_id=DATA_ID,
-        data=_raw(data_block(metrics, provenance or {})),
+        data=raw(data_block(metrics, provenance or {})),
         metrics=metrics,
         has_base=any("base" in row for row in scored),
         verdicts={name: verdict(entry) for name, entry in metrics["metrics"].items()},
@@ -204,14 +196,3 @@ def _quantity(name: str, value: Any) -> str:
     if name == "image_sizes":
         return ", ".join(f"{height} × {width} pixels" for height, width in value)
     return str(value)
-
-
-def _beside(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
-
-
-def _raw(text: str) -> Any:
-    """Text of our own that jinja2 shall not escape."""
-    import markupsafe
-
-    return markupsafe.Markup(text)

@@ -11,6 +11,7 @@ from rapidfuzz.distance import Levenshtein
 
 from vlm.errors import DataError
 from vlm.evaluation.differences import text_difference, visible
+from vlm.evaluation.scores import worst_first
 from vlm.families.video import Video
 
 MAX_ROWS = 200
@@ -33,21 +34,6 @@ class ImageRows(Protocol):
         """A row with `id` and `images`."""
 
 
-def worst_first(scored: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[int]:
-    """Orders rows by the leading metric of the tuned model.
-
-    Args:
-        scored: The rows of ``rows.jsonl``.
-        metrics: The content of ``metrics.json``.
-
-    Returns:
-        Positions in `scored`, worst first, ties in row order.
-    """
-    name, entry = next(iter(metrics["metrics"].items()))
-    sign = -1 if entry["better"] == "lower" else 1
-    return sorted(range(len(scored)), key=lambda position: (sign * scored[position]["tuned"][name], position))
-
-
 def shown_rows(
     scored: Sequence[Mapping[str, Any]], rows: ImageRows | None, metrics: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -63,7 +49,7 @@ def shown_rows(
     """
     room_bytes = MAX_PICTURES_BYTES
     shown = []
-    for position in worst_first(scored, metrics)[:MAX_ROWS]:
+    for position in worst_first(scored, metrics["metrics"])[:MAX_ROWS]:
         row = scored[position]
         pictures = [picture(image) for image in _images(row, position, rows)]
         needed_bytes = sum(len(entry["uri"]) for entry in pictures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -92,3 +92,18 @@ def figures(
             )
         ) | {"p_value": paired_p_value(tuned[:, number], base[:, number], cluster_of_row)}
     return entries
+
+
+def worst_first(scored: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> list[int]:
+    """Orders rows by the leading metric of the tuned model.
+
+    Args:
+        scored: The rows of ``rows.jsonl``.
+        metrics: The entries of ``metrics.json`` by metric, the leading one first.
+
+    Returns:
+        Positions in `scored`, worst first, ties in row order.
+    """
+    name, entry = next(iter(metrics.items()))
+    sign = -1 if entry["better"] == "lower" else 1
+    return sorted(range(len(scored)), key=lambda position: (sign * scored[position]["tuned"][name], position))

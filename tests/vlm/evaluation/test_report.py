@@ -16,7 +16,8 @@ from vlm.evaluation.differences import MAX_CHARACTERS, text_difference, visible
 from vlm.evaluation.evaluate import evaluate_predictions
 from vlm.evaluation.predictions import Prediction, PredictionsSummary, write_predictions
 from vlm.evaluation.report import failure_counts, render_report, slice_tables
-from vlm.evaluation.report_rows import MAX_PICTURES_BYTES, picture, shown_rows, worst_first
+from vlm.evaluation.report_rows import MAX_PICTURES_BYTES, picture, shown_rows
+from vlm.evaluation.scores import worst_first
 from vlm.evaluation.verdicts import verdict
 
 HOSTILE = "<script>alert('x')</script>"
@@ -153,7 +154,7 @@ def test_difference_spells_both_texts() -> None:
 def test_worst_first_follows_the_leading_metric() -> None:
     rows = [{"tuned": {"exact_match": 1.0, "cer": 0.9}}, {"tuned": {"exact_match": 0.0, "cer": 0.1}}]
     for lead, better, expected in (("exact_match", "higher", [1, 0]), ("cer", "lower", [0, 1])):
-        assert worst_first(rows, {"metrics": {lead: {"better": better}}}) == expected
+        assert worst_first(rows, {lead: {"better": better}}) == expected
 
 
 def test_loss_curve_scales_to_the_plot() -> None:
