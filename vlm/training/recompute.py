@@ -45,6 +45,9 @@ def recomputed(
     if plan.offload:
         around = _HostMemory(min_offloaded).hooks
     with ExitStack() as stack:
+        for own in stacks or ():
+            # Memory of graphs serves nothing else while there is one.
+            stack.callback(own.clear)
         for number, (pattern, count) in enumerate(
             ((family.vision_layer, plan.recomputed_vision), (family.language_layer, plan.recomputed_language))
         ):

@@ -268,7 +268,7 @@ class CapturedLayer:
         ours = all(parameter.grad is self.buffers[number] for parameter, number in parameters)
         if self.buffers and not ours:
             torch._foreach_zero_(self.buffers)
-        if entry.backward is None and entry.shape.capturing:
+        if entry.backward is None and entry.shape.capturing and not self.stack.disabled:
             graph = self.stack.graph(self.stack)
             try:
                 graph.capture(entry.run_backward)
