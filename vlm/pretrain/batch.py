@@ -1,5 +1,7 @@
-"""A pack as the model takes it: bytes become normalised pixels on the model's device, with grain, contrast and inversion
-drawn anew each time. Loads torch."""
+"""A pack as the model takes it: bytes become normalised pixels on the model's device.
+
+Grain, contrast and inversion are drawn anew each time. Loads torch.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def model_inputs(tensors: Tensors, chance: torch.Generator | None) -> Tensors:
     if chance is not None:
         levels = _varied(levels, counts, chance)
     mean, deviation = (
-        torch.tensor(IMAGE_PROCESSOR[name], device=levels.device)[None, :, None, None] for name in ("image_mean", "image_std")
+        torch.tensor(IMAGE_PROCESSOR[name], device=levels.device)[None, :, None, None]
+        for name in ("image_mean", "image_std")
     )
     # [patches, channels, frames, pixels]: grey in three channels, and a still image in two frames.
     pixels = (levels[:, None, None, :] - mean) / deviation

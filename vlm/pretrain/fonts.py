@@ -1,6 +1,6 @@
-"""Typefaces of the pretraining: text faces from font packages on PyPI, all under the SIL Open Font License, Apache 2.0 or
-the Ubuntu Font Licence.
+"""Typefaces of the pretraining: text faces from font packages on PyPI.
 
+All are under the SIL Open Font License, Apache 2.0 or the Ubuntu Font Licence.
 None of them ships with matplotlib: those draw the built-in dataset, and stay unseen until a fine-tuning.
 """
 
@@ -139,7 +139,9 @@ def _faces_of(family: str, module: str, patterns: tuple[str, ...]) -> Iterator[F
                 contents.append(bytes(buffer))
         else:
             contents += [
-                path.read_bytes() for path in sorted(folder.glob(pattern)) if not any(thin in path.name for thin in _TOO_THIN)
+                path.read_bytes()
+                for path in sorted(folder.glob(pattern))
+                if not any(thin in path.name for thin in _TOO_THIN)
             ]
     if not contents:
         raise DataError(f"the package {module!r} has no fonts {patterns[0]!r}; install the versions of constraints.txt")
@@ -152,7 +154,9 @@ def _faces_of(family: str, module: str, patterns: tuple[str, ...]) -> Iterator[F
             continue
         for weight in _WEIGHTS:
             place = [
-                min(max(weight, axis["minimum"]), axis["maximum"]) if b"eight" in (axis["name"] or b"") else axis["default"]
+                min(max(weight, axis["minimum"]), axis["maximum"])
+                if b"eight" in (axis["name"] or b"")
+                else axis["default"]
                 for axis in axes
             ]
             yield Face(family, content, tuple(float(value or 0) for value in place))

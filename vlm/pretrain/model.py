@@ -6,12 +6,15 @@ of prompts and roles are merged, which would otherwise be most of a short conver
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.builtin.model import IMAGE_PROCESSOR, language_config, media_config, token_config, write_checkpoint
 from vlm.builtin.tokenizer import SPECIAL_TOKENS, build_tokenizer, train_merges
 from vlm.config.pretrain import ArchitectureConfig
+from vlm.loading.checkpoint import progress_where_seen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +88,30 @@ def new_model(architecture: ArchitectureConfig, seed: int) -> PreTrainedModel:
         return Qwen2_5_VLForConditionalGeneration(config)
 
 
+@contextmanager
+def patches_by_product(model: Any) -> Iterator[None]:
+    """Embeds patches by a matrix product instead of a convolution whose steps are as long as its kernel.
+
+    It is the same sum; but convolutions in three dimensions and 16 bit are very slow in some versions of the library that
+    computes them on GPUs, and slower on CPUs.
+
+    Args:
+        model: The model, as before at the end of the block.
+    """
+    import torch
+
+    embedding = model.base_model.visual.patch_embed
+
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(pixels, embedding.proj.weight.flatten(1))
+
+    embedding.forward = forward
+    try:
+        yield
+    finally:
+        del embedding.forward
+
+
 def write_model(model: PreTrainedModel, directory: Path) -> None:
     """Writes a checkpoint folder in the precision of the weights, in shards of at most 9 MB.
 
@@ -92,11 +119,12 @@ def write_model(model: PreTrainedModel, directory: Path) -> None:
         model: The model.
         directory: An existing folder.
     """
-    write_checkpoint(
-        model,
-        directory,
-        processor_class=_PROCESSOR_CLASS,
-        tokenizer=pretrain_tokenizer(),
-        image_processor=PROCESSOR,
-        max_shard_size=_MAX_SHARD_SIZE,
-    )
+    with progress_where_seen():
+        write_checkpoint(
+            model,
+            directory,
+            processor_class=_PROCESSOR_CLASS,
+            tokenizer=pretrain_tokenizer(),
+            image_processor=PROCESSOR,
+            max_shard_size=_MAX_SHARD_SIZE,
+        )

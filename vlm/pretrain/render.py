@@ -40,7 +40,9 @@ def draw_face(choose: random.Random, text: str) -> tuple[Face, str]:
     return families[0][0][0], plain or "?"
 
 
-def draw_sample(choose: random.Random, noise: np.random.Generator, *, longest: int, wear: float, kind: str | None = None) -> tuple[Image.Image, str]:
+def draw_sample(
+    choose: random.Random, noise: np.random.Generator, *, longest: int, wear: float, kind: str | None = None
+) -> tuple[Image.Image, str]:
     """One image of a line, or at times of a few lines, and what it says.
 
     Args:
@@ -87,7 +89,9 @@ def _ink(lines: list[str], face: Face, size: int, choose: random.Random, wear: f
     left, right = (round(choose.uniform(0.1, 0.3 + 0.8 * loose) * size) for _ in range(2))
     top = max(round(0.55 * size), -min(glyph.top for _, glyph in rows[0]))
     bottom = max(round(0.1 * size), max(glyph.top + len(glyph.coverage) for _, glyph in rows[-1]))
-    width = left + right + max(max(int(pen) + glyph.left + glyph.coverage.shape[1] for pen, glyph in row) for row in rows)
+    width = (
+        left + right + max(max(int(pen) + glyph.left + glyph.coverage.shape[1] for pen, glyph in row) for row in rows)
+    )
     baseline = above + top
     ink = np.zeros((max(12, baseline + pitch * (len(rows) - 1) + bottom + below), width), np.uint8)
     for number, row in enumerate(rows):
@@ -208,7 +212,9 @@ def _worn(image: Image.Image, choose: random.Random, noise: np.random.Generator,
     elif chance < 0.42 * wear:
         factor = choose.uniform(max(0.45, 14 / image.height) if image.height > 14 else 1.0, 1.0)
         small = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-        image = image.resize(small, choose.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.BOX)))
+        image = image.resize(
+            small, choose.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.BOX))
+        )
         if choose.random() < 0.3:
             image = image.resize((round(small[0] / factor), round(small[1] / factor)), Image.Resampling.BILINEAR)
     elif chance < 0.52 * wear:

@@ -19,7 +19,21 @@ _LABELS = (
     "Cashier", "Table", "Member", "Points", "Terminal", "Slip", "No", "Nr", "N°", "ID", "Reg", "Doc",
 )  # fmt: skip
 _CURRENCIES = ("$", "€", "£", "EUR ", "USD ", "RM ", "CHF ", "kr ", "zł ", "Kč ", "Fr. ")
-_STREETS = ("Street", "Road", "Rue", "rue de la", "Via", "Calle", "Avenida", "straat", "Weg", "Lane", "Jalan", "Place", "Ul.")
+_STREETS = (
+    "Street",
+    "Road",
+    "Rue",
+    "rue de la",
+    "Via",
+    "Calle",
+    "Avenida",
+    "straat",
+    "Weg",
+    "Lane",
+    "Jalan",
+    "Place",
+    "Ul.",
+)
 _PREFIXES = ("Dr.", "Mr", "Mrs", "Mme", "M.", "Herr", "Frau", "Sra.", "St.")
 
 
@@ -97,9 +111,13 @@ def address(choose: random.Random) -> str:
     if kind == 1:
         return f"{choose.randint(10000, 99999)} {place} {choose.choice(names())}"
     if kind == 2:
-        return f"{word(choose)}.{word(choose)}@{word(choose)}.{choose.choice(('com', 'org', 'fr', 'de', 'net', 'com.my'))}"
+        return (
+            f"{word(choose)}.{word(choose)}@{word(choose)}.{choose.choice(('com', 'org', 'fr', 'de', 'net', 'com.my'))}"
+        )
     if kind == 3:
-        return f"www.{word(choose)}{choose.choice(('', '-' + word(choose)))}.{choose.choice(('com', 'org', 'it', 'nl'))}"
+        return (
+            f"www.{word(choose)}{choose.choice(('', '-' + word(choose)))}.{choose.choice(('com', 'org', 'it', 'nl'))}"
+        )
     if kind == 4:
         groups = choose.choice(((2, 2, 2, 2, 2), (3, 3, 4), (4, 6), (2, 4, 4)))
         mark = choose.choice((" ", "-", "."))
@@ -131,7 +149,13 @@ def nonsense(choose: random.Random) -> str:
     """Characters at random: of all kinds, or of letters that words seldom have."""
     letters = string.ascii_letters
     alphabet = choose.choice(
-        (letters, letters + string.digits, letters + ACCENTED, letters + string.digits + SYMBOLS, letters + ACCENTED + SYMBOLS)
+        (
+            letters,
+            letters + string.digits,
+            letters + ACCENTED,
+            letters + string.digits + SYMBOLS,
+            letters + ACCENTED + SYMBOLS,
+        )
     )
     if choose.random() < 0.3:
         alphabet = alphabet.upper() if choose.random() < 0.5 else alphabet.lower()

@@ -28,7 +28,7 @@ from vlm.packing.model import packed
 from vlm.pretrain import state
 from vlm.pretrain.batch import Tensors, model_inputs, to_device
 from vlm.pretrain.feed import Feed
-from vlm.pretrain.model import new_model, write_model
+from vlm.pretrain.model import new_model, patches_by_product, write_model
 from vlm.pretrain.schedule import learning_rate
 from vlm.training.collator import IGNORED
 from vlm.training.interrupt import StopFlag, TrainingInterrupted
@@ -126,6 +126,7 @@ def pretrain(config: PretrainConfig) -> TrainingState:
             Feed(skeleton, config, first_block, lambda pack: clock.done(pack * config.uses_per_pack))
         )
         model.to(device).train()
+        stack.enter_context(patches_by_product(model))
         stack.enter_context(packed(model, family_for_config(model.config.to_dict())))
         loop = _Loop(config, model, device, feed, progress, clock)
         if found is not None:
@@ -133,7 +134,9 @@ def pretrain(config: PretrainConfig) -> TrainingState:
         progress.num_runs += 1
         progress.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         feed.wait()
-        is_finished = loop.run(lambda: _is_over(config, began, flag), lambda: state.save(work_dir, progress, model, loop.optimizer, name))
+        is_finished = loop.run(
+            lambda: _is_over(config, began, flag), lambda: state.save(work_dir, progress, model, loop.optimizer, name)
+        )
         if flag.signum is not None:
             raise TrainingInterrupted(progress.step, flag.signum)
     (work_dir / "history.json").write_text(json.dumps(progress.history, indent=1), encoding="utf-8")
@@ -146,7 +149,13 @@ def _is_over(config: PretrainConfig, began: float, flag: StopFlag) -> bool:
 
 class _Loop:
     def __init__(
-        self, config: PretrainConfig, model: PreTrainedModel, device: torch.device, feed: Feed, progress: state.Progress, clock: Clock
+        self,
+        config: PretrainConfig,
+        model: PreTrainedModel,
+        device: torch.device,
+        feed: Feed,
+        progress: state.Progress,
+        clock: Clock,
     ) -> None:
         self.config, self.model, self.device = config, model, device
         self.feed, self.progress, self.clock = feed, progress, clock
@@ -176,7 +185,7 @@ class _Loop:
             if place == 0:
                 self.block.clear()
             if place < _BLOCK:
-                waits += self.feed.num_ready == 0
+                waits += self.feed.is_late
                 self._draw()
             self._step(*self.block[place % _BLOCK])
             progress.step += 1

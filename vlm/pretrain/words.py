@@ -1,5 +1,7 @@
-"""Words of the pretraining: frequency lists of seven languages, and names of places, languages, months and currencies in
-two dozen more, from packages on PyPI."""
+"""Words of the pretraining, from packages on PyPI.
+
+Frequency lists of seven languages, and names of places, languages, months and currencies in two dozen.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ import json
 import random
 import re
 from functools import lru_cache
+
+import numpy as np
 
 from vlm.pretrain.fonts import package_folder
 
@@ -21,7 +25,7 @@ LOCALES = (
 )  # fmt: skip
 _MOST_WORDS = 40_000
 _WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|['’-](?=[^\W\d_])){0,17}")
-SYMBOLS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~£€°§«»–—…“”‘’·×©®№"
+SYMBOLS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~£€°§«»–—…“”‘’·×©®№²"
 _DRAWABLE = re.compile(rf"[A-Za-zÀ-ÖØ-öø-ſȘ-ț0-9 {re.escape(SYMBOLS)}]+")
 
 
@@ -37,8 +41,9 @@ def words_of(language: str) -> tuple[str, ...]:
     """
     path = package_folder("spellchecker") / "resources" / f"{language}.json.gz"
     counts: dict[str, int] = json.loads(gzip.decompress(path.read_bytes()))
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))
-    usual = (word for word in ranked if _WORD.fullmatch(word) and is_drawable(word))
+    listed = list(counts)
+    ranking = np.argsort(-np.fromiter(counts.values(), np.int64, len(counts)), kind="stable")
+    usual = (word for word in (listed[place] for place in ranking) if _WORD.fullmatch(word) and is_drawable(word))
     return tuple(itertools.islice(usual, _MOST_WORDS))
 
 
