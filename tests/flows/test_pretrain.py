@@ -23,7 +23,7 @@ def test_settings_come_from_the_command_line_over_the_file(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--curriculum.start", "0.5"], "curriculum.end 0.3 is not after curriculum.start 0.5"),
+        (["--curriculum.start", "0.5"], "curriculum.end 0.35 is not after curriculum.start 0.5"),
         (["--architecture.vision_width", "100"], "multiple of 64"),
         (["--minuts", "3"], "--minutes"),
     ],

@@ -35,12 +35,12 @@ class CurriculumConfig(Section):
     first_longest: int = Field(5, ge=1, description="Most characters of a line at the beginning.")
     last_longest: int = Field(52, ge=1, description="Most characters of a line once it is over.")
     start: float = Field(
-        0.05,
+        0.08,
         ge=0,
         le=1,
         description="Share after which lines begin to grow: until then the model finds out that it can see.",
     )
-    end: float = Field(0.3, gt=0, le=1, description="Share after which lines have their full length and wear.")
+    end: float = Field(0.35, gt=0, le=1, description="Share after which lines have their full length and wear.")
     easy_share: float = Field(
         0.1,
         ge=0,

@@ -40,7 +40,7 @@ def finish(trained: TrainingState, config: PretrainConfig) -> dict[str, Any]:
     if output_dir.exists():
         shutil.rmtree(output_dir)
     output_dir.mkdir(parents=True)
-    model = new_model(config.architecture, config.seed)
+    model: Any = new_model(config.architecture, config.seed)
     state.load_weights(trained.checkpoint, model)
     write_model(model.to(torch.bfloat16), output_dir)
     # The weights are measured as they are stored.

@@ -153,13 +153,14 @@ def _faces_of(family: str, module: str, patterns: tuple[str, ...]) -> Iterator[F
             yield Face(family, content)
             continue
         for weight in _WEIGHTS:
-            place = [
-                min(max(weight, axis["minimum"]), axis["maximum"])
-                if b"eight" in (axis["name"] or b"")
-                else axis["default"]
-                for axis in axes
-            ]
-            yield Face(family, content, tuple(float(value or 0) for value in place))
+            yield Face(family, content, tuple(_on_axis(axis, weight) for axis in axes))
+
+
+def _on_axis(axis: Any, weight: int) -> float:
+    """A place on one axis of a variable font: the weight on its axis, and the default on all others."""
+    if b"eight" not in (axis["name"] or b""):
+        return float(axis["default"])
+    return float(min(max(weight, axis["minimum"]), axis["maximum"]))
 
 
 def package_folder(module: str) -> Path:

@@ -108,7 +108,7 @@ def pretrain(config: PretrainConfig) -> TrainingState:
     work_dir = Path(config.work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
     name = state.identity(config)
-    model = new_model(config.architecture, config.seed)
+    model: Any = new_model(config.architecture, config.seed)
     skeleton = work_dir / "processor"
     skeleton.mkdir(exist_ok=True)
     write_model(model, skeleton)  # for the processes that draw
