@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vlm.config import TrainingConfig
 from vlm.config.pretrain import PretrainConfig
 from vlm.errors import ConfigError
 from vlm.families import family_for_config
@@ -32,6 +33,7 @@ from vlm.pretrain.model import new_model, patches_by_product, write_model
 from vlm.pretrain.schedule import learning_rate
 from vlm.training.collator import IGNORED
 from vlm.training.interrupt import StopFlag, TrainingInterrupted
+from vlm.training.self_check import check_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,6 +127,10 @@ def pretrain(config: PretrainConfig) -> TrainingState:
         feed = stack.enter_context(
             Feed(skeleton, config, first_block, lambda pack: clock.done(pack * config.uses_per_pack))
         )
+        if device.type == "cuda":
+            check_kernels(
+                TrainingConfig(fused_kernels=False), device="cuda", dtype=torch.bfloat16, packing=True, quantized=False
+            )
         model.to(device).train()
         stack.enter_context(patches_by_product(model))
         stack.enter_context(packed(model, family_for_config(model.config.to_dict())))
