@@ -63,7 +63,8 @@ class PackMaker:
         free = self._positions
         while True:
             level = difficulty_of_line(self._curriculum, done, choose)
-            drawn, text = draw_sample(choose, noise, longest=level.longest, wear=level.wear)
+            kind = "figures" if choose.random() < level.figures else None
+            drawn, text = draw_sample(choose, noise, longest=level.longest, wear=level.wear, kind=kind)
             image, ids, own = self._conversation(drawn, draw_prompt(choose), text)
             free -= len(ids) + image.size // PATCH_BYTES
             if free < 0 and samples:

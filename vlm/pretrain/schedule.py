@@ -16,10 +16,12 @@ class Difficulty:
     Attributes:
         longest: Most characters.
         wear: From 0 (large and clean) to 1, see `vlm.pretrain.render`.
+        figures: Share of lines that are digits alone.
     """
 
     longest: int
     wear: float
+    figures: float
 
 
 def difficulty(curriculum: CurriculumConfig, done: float) -> Difficulty:
@@ -31,7 +33,7 @@ def difficulty(curriculum: CurriculumConfig, done: float) -> Difficulty:
     """
     grown = min(1.0, max(0.0, (done - curriculum.start) / (curriculum.end - curriculum.start)))
     longest = round(curriculum.first_longest * (curriculum.last_longest / curriculum.first_longest) ** grown)
-    return Difficulty(longest, 0.1 + 0.9 * grown)
+    return Difficulty(longest, 0.1 + 0.9 * grown, curriculum.first_figures * (1 - grown))
 
 
 def difficulty_of_line(curriculum: CurriculumConfig, done: float, choose: random.Random) -> Difficulty:

@@ -162,6 +162,11 @@ def nonsense(choose: random.Random) -> str:
     return " ".join("".join(choose.choices(alphabet, k=choose.randint(1, 8))) for _ in range(choose.randint(1, 5)))
 
 
+def figures(choose: random.Random) -> str:
+    """Digits alone: ten shapes, on which a model that cannot see yet finds out where to look."""
+    return "".join(choose.choices(string.digits, k=choose.randint(1, 12)))
+
+
 def name(choose: random.Random) -> str:
     """Names of places, months, currencies in languages with many accents."""
     return " ".join(choose.choice(names()) for _ in range(choose.randint(1, 2)))
@@ -176,6 +181,8 @@ KINDS: dict[str, tuple[Callable[[random.Random], str], float]] = {
     "code": (code, 0.06),
     "nonsense": (nonsense, 0.14),
     "name": (name, 0.10),
+    # Drawn on purpose only, at the beginning of a training.
+    "figures": (figures, 0.0),
 }
 
 
@@ -192,6 +199,8 @@ def make_text(choose: random.Random, longest: int, kind: str | None = None) -> s
     """
     if kind is None:
         kind = choose.choices(list(KINDS), [share for _, share in KINDS.values()])[0]
+    if kind == "figures":
+        return figures(choose)[: choose.randint(1, longest)]
     text = KINDS[kind][0](choose)
     chance = choose.random()
     if chance < 0.22:

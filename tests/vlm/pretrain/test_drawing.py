@@ -14,6 +14,14 @@ from vlm.pretrain.text import KINDS, make_text
 from vlm.pretrain.words import is_drawable, names
 
 
+def test_figures_are_figures_and_come_only_when_asked_for() -> None:
+    choose = random.Random(0)
+    drawn = [make_text(choose, longest, "figures") for longest in (1, 5, 52) for _ in range(60)]
+    assert all(text.isdecimal() for text in drawn)
+    assert {len(text) for text in drawn[60:120]} == {1, 2, 3, 4, 5}
+    assert sum(make_text(choose, 52).isdecimal() for _ in range(300)) < 30
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_are_short_enough_and_can_be_told_from_an_image(kind: str) -> None:
     choose = random.Random(0)
