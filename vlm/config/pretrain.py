@@ -35,7 +35,7 @@ class CurriculumConfig(Section):
     first_longest: int = Field(5, ge=1, description="Most characters of a line at the beginning.")
     last_longest: int = Field(52, ge=1, description="Most characters of a line once it is over.")
     first_figures: float = Field(
-        0.5,
+        0.6,
         ge=0,
         le=1,
         description="Share of lines of digits alone at the beginning, which falls to none: on ten shapes a model finds out sooner"

@@ -133,7 +133,7 @@ def test_schedule() -> None:
     assert rates[100:] == sorted(rates[100:], reverse=True)
     levels = [difficulty(config.curriculum, done / 100) for done in range(101)]
     assert (levels[0].longest, levels[-1].longest) == (5, 52)
-    assert (levels[0].figures, levels[-1].figures) == (0.5, 0.0)
+    assert (levels[0].figures, levels[-1].figures) == (0.6, 0.0)
     assert levels[0].wear == pytest.approx(0.1)
     assert levels[-1].wear == pytest.approx(1.0)
     assert [level.longest for level in levels] == sorted(level.longest for level in levels)
