@@ -30,7 +30,7 @@ def test_texts_are_short_enough_and_can_be_told_from_an_image(kind: str) -> None
     # White space at the ends or in a row cannot be seen.
     assert all(text == " ".join(text.split()) for text in texts)
     assert all(is_drawable(text) for text in texts)
-    assert len(set(texts)) > 100
+    assert len(set(texts[60:])) > 80  # of 120; a single character gives few
 
 
 def test_names_have_letters_that_few_languages_have() -> None:
