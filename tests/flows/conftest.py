@@ -35,6 +35,7 @@ def small_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def settings_on(store: Path) -> dict[str, Any]:
     return {
+        "model": {"name": "builtin-random"},
         "data": {"sources": [{"path": "builtin", "max_rows": 48}]},
         "lora": {"rank": 4},
         "training": {"max_steps": 3, "gradient_accumulation": 1, "log_every_steps": 1},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,9 @@ VIDEO_PROCESSOR = {**IMAGE_PROCESSOR, "video_processor_type": "Qwen2VLVideoProce
 del VIDEO_PROCESSOR["image_processor_type"]
 
 
-def language_config(*, hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int) -> dict[str, Any]:
+def language_config(
+    *, hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, vocab_size: int = VOCAB_SIZE
+) -> dict[str, Any]:
     """Language-model section of a small Qwen2-VL or Qwen2.5-VL config over the built-in tokenizer."""
     half_head = hidden_size // num_heads // 2
     side = half_head * 3 // 8  # as in the real models, 2 : 3 : 3 of the rotary frequencies for time, height and width
@@ -50,7 +53,7 @@ def language_config(*, hidden_size: int, intermediate_size: int, num_layers: int
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_heads // 2,
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": vocab_size,
         "max_position_embeddings": CONTEXT_LENGTH_TOKENS,
         "rope_parameters": {
             "rope_type": "default",
@@ -60,9 +63,9 @@ def language_config(*, hidden_size: int, intermediate_size: int, num_layers: int
     }
 
 
-def token_config() -> dict[str, Any]:
-    """The special token ids that a config of this tokenizer has to name."""
-    tokenizer = build_tokenizer()
+def token_config(tokenizer: Any = None) -> dict[str, Any]:
+    """The special token ids that a config of a tokenizer (the built-in model's, if not given) has to name."""
+    tokenizer = tokenizer or build_tokenizer()
     return {
         "bos_token_id": None,
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
@@ -70,9 +73,9 @@ def token_config() -> dict[str, Any]:
     }
 
 
-def media_config() -> dict[str, Any]:
-    """The media token ids that a config of this tokenizer has to name."""
-    tokenizer = build_tokenizer()
+def media_config(tokenizer: Any = None) -> dict[str, Any]:
+    """The media token ids that a config of a tokenizer (the built-in model's, if not given) has to name."""
+    tokenizer = tokenizer or build_tokenizer()
     return {
         "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
@@ -102,17 +105,36 @@ def fill_with_noise(model: PreTrainedModel, seed: int) -> None:
             parameter.copy_(torch.from_numpy(values))
 
 
-def write_checkpoint(model: PreTrainedModel, directory: Path, *, processor_class: str) -> None:
-    """Writes model, tokenizer and processor files as a checkpoint folder on the Hub has them."""
+def write_checkpoint(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    processor_class: str,
+    tokenizer: Any = None,
+    image_processor: Mapping[str, Any] = IMAGE_PROCESSOR,
+    max_shard_size: str = "4GB",
+) -> None:
+    """Writes model, tokenizer and processor files as a checkpoint folder on the Hub has them.
+
+    Args:
+        model: The model.
+        directory: An existing folder.
+        processor_class: Name of the processor's class in transformers.
+        tokenizer: None for the built-in model's.
+        image_processor: Settings of the image processor.
+        max_shard_size: Largest weight file.
+    """
     from transformers import GenerationConfig
 
     end_of_turn, pad = model.config.text_config.eos_token_id, model.config.text_config.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=[end_of_turn, pad], pad_token_id=pad)
-    model.save_pretrained(directory)
-    build_tokenizer().save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    (tokenizer or build_tokenizer()).save_pretrained(directory)
+    video_processor = {**image_processor, "video_processor_type": VIDEO_PROCESSOR["video_processor_type"]}
+    del video_processor["image_processor_type"]
     for name, content in (
-        ("preprocessor_config.json", IMAGE_PROCESSOR),
-        ("video_preprocessor_config.json", VIDEO_PROCESSOR),
+        ("preprocessor_config.json", image_processor),
+        ("video_preprocessor_config.json", video_processor),
     ):
         text = json.dumps({**content, "processor_class": processor_class}, indent=2, sort_keys=True)
         (directory / name).write_text(text + "\n", encoding="utf-8")

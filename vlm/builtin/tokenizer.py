@@ -7,6 +7,7 @@ member of their family. transformers is imported when it is built.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -88,8 +89,24 @@ def corpus() -> list[str]:
     return lines + list(_SENTENCES) * 200
 
 
+Trained = tuple[dict[str, int], list[tuple[str, str]]]
+
+
 @lru_cache(maxsize=1)
-def _trained() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _trained() -> Trained:
+    return train_merges(corpus(), VOCAB_SIZE - len(SPECIAL_TOKENS))
+
+
+def train_merges(lines: Iterable[str], vocab_size: int) -> Trained:
+    """Learns which bytes are merged, on text cut as the Qwen models cut it.
+
+    Args:
+        lines: The text.
+        vocab_size: Most tokens, the 256 bytes among them.
+
+    Returns:
+        Ids of the tokens, and the merges in order.
+    """
     import json
 
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -104,24 +121,27 @@ def _trained() -> tuple[dict[str, int], list[tuple[str, str]]]:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer=trainer)
+    tokenizer.train_from_iterator(lines, trainer=trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-def build_tokenizer() -> Any:
+def build_tokenizer(trained: Trained | None = None) -> Any:
     """The tokenizer, with the chat template; the last eight ids are the special tokens.
+
+    Args:
+        trained: Tokens and merges; None for those of the receipt-like text.
 
     Returns:
         A transformers `Qwen2Tokenizer`.
     """
     from transformers import AddedToken, Qwen2Tokenizer
 
-    vocab, merges = _trained()
+    vocab, merges = _trained() if trained is None else trained
     settings: dict[str, Any] = {
         "vocab": dict(vocab),
         "merges": list(merges),

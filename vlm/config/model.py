@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from vlm.config.base import Section
 
 BUILTIN_MODEL = "builtin"
+# The same architecture at toy size with random weights, for trials of the machinery.
+RANDOM_MODEL = "builtin-random"
 
 Quantization = Literal["auto", "nf4", "int8", "none"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -21,7 +23,8 @@ class ModelConfig(Section):
     name: str = Field(
         BUILTIN_MODEL,
         min_length=1,
-        description="Hub name (Qwen/Qwen2.5-VL-7B-Instruct), path of a checkpoint folder, or 'builtin' for the small model made here.",
+        description="Hub name (Qwen/Qwen2.5-VL-7B-Instruct), path of a checkpoint folder, or 'builtin' for the small model that comes with the code, or"
+        " 'builtin-random' for a toy with random weights.",
     )
     revision: str | None = Field(
         None, description="Branch, tag or commit of a Hub model; None takes the newest commit of its main branch."

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm.config.model import ModelConfig
+from vlm.config.model import BUILTIN_MODEL, ModelConfig
 from vlm.errors import ModelError
 from vlm.families import family_for_config
 from vlm.loading.checkpoint import (
@@ -89,7 +89,9 @@ def build_checkpoint(model: ModelConfig, output_dir: Path, *, device: str, dtype
     source = local_folder(model)
     if source is None:
         return _build(fetch_from_hub(model), model.name, model, output_dir, device, dtype)
-    return _build(source, source.resolve().name, model, output_dir, device, dtype)
+    return _build(
+        source, model.name if model.name == BUILTIN_MODEL else source.resolve().name, model, output_dir, device, dtype
+    )
 
 
 def _build(

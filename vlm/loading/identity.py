@@ -18,8 +18,8 @@ _CHUNK_BYTES = 1 << 20
 def model_digest(model: ModelConfig, *, cache_dir: Path | None, on_bytes: Callable[[int], None] | None = None) -> str:
     """SHA-256 that changes when the model's content does.
 
-    A folder counts by the names and contents of its files, wherever it lies; a Hub model by name and commit; the built-in
-    model by the version of its recipe.
+    A folder, and so the built-in model that comes with the code, counts by the names and contents of its files, wherever it
+    lies; a Hub model by name and commit; the toy that is made on the fly by the version of its recipe.
 
     Args:
         model: The model; only its name and revision matter here.

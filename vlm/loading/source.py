@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlm.config.model import BUILTIN_MODEL, ModelConfig
+from vlm.builtin.recipe import WEIGHTS_DIR
+from vlm.config.model import BUILTIN_MODEL, RANDOM_MODEL, ModelConfig
 from vlm.errors import ModelError, near_names
 from vlm.hub import network_errors
 
@@ -36,19 +37,19 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_builtin(model: ModelConfig) -> bool:
-    """Whether the built-in model is meant."""
-    return model.name == BUILTIN_MODEL
+    """Whether a model is meant that is made on the fly: the toy, which also stands in for the pretrained one."""
+    return model.name == RANDOM_MODEL or (model.name == BUILTIN_MODEL and not (WEIGHTS_DIR / "config.json").is_file())
 
 
 def local_folder(model: ModelConfig) -> Path | None:
-    """The checkpoint folder that the name leads to; None for the built-in model and Hub names.
+    """The checkpoint folder that the name leads to; None for what is made on the fly and for Hub names.
 
     Raises:
         ModelError: The name can only be a path, and no folder is there.
     """
     if is_builtin(model):
         return None
-    path = Path(model.name).expanduser()
+    path = WEIGHTS_DIR if model.name == BUILTIN_MODEL else Path(model.name).expanduser()
     if path.is_dir():
         return path
     looks_like_path = model.name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(model.name) or path.exists()

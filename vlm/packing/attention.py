@@ -269,14 +269,18 @@ def _by_segment(
     if query.shape[1] != key.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    runs = list(_runs(lengths_q, lengths_k))
+    # Split and not sliced: the gradient of a slice is as long as the row, so that many slices would cost a square.
+    parts_q = query[0].split([count * length_q for count, length_q, _ in runs], 1)
+    parts_k, parts_v = (
+        tensor[0].split([count * length_k for count, _, length_k in runs], 1) for tensor in (key, value)
+    )
     outputs = []
-    start_q = start_k = 0
-    for count, length_q, length_k in _runs(lengths_q, lengths_k):
-        stop_q, stop_k = start_q + count * length_q, start_k + count * length_k
-        # [1, heads, count * length, head] to [count, heads, length, head]
-        q = query[0, :, start_q:stop_q].unflatten(1, (count, length_q)).transpose(0, 1)
-        k = key[0, :, start_k:stop_k].unflatten(1, (count, length_k)).transpose(0, 1)
-        v = value[0, :, start_k:stop_k].unflatten(1, (count, length_k)).transpose(0, 1)
+    for (count, length_q, length_k), part_q, part_k, part_v in zip(runs, parts_q, parts_k, parts_v, strict=True):
+        # [heads, count * length, head] to [count, heads, length, head]
+        q = part_q.unflatten(1, (count, length_q)).transpose(0, 1)
+        k = part_k.unflatten(1, (count, length_k)).transpose(0, 1)
+        v = part_v.unflatten(1, (count, length_k)).transpose(0, 1)
         band = None
         if window is not None and window < length_q:
             index = torch.arange(length_q, device=query.device)
@@ -286,7 +290,6 @@ def _by_segment(
             q, k, v, attn_mask=band, is_causal=causal and band is None, scale=scaling
         )
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-        start_q, start_k = stop_q, stop_k
     if not outputs:
         return query.new_zeros(1, 0, query.shape[1], value.shape[-1])
     return torch.cat(outputs)[None]

@@ -277,7 +277,12 @@ class Processing:
         return {**media, **self.family.token_inputs(self._parts, input_ids, media)}
 
     def packed_inputs(
-        self, samples: Sequence[torch.Tensor], images: Sequence[Sequence[Any]], config: Mapping[str, Any]
+        self,
+        samples: Sequence[torch.Tensor],
+        images: Sequence[Sequence[Any]],
+        config: Mapping[str, Any],
+        *,
+        media: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """All that the model takes beside ids and labels for several conversations in one row.
 
@@ -285,10 +290,12 @@ class Processing:
             samples: Ids of each conversation, of shape [tokens].
             images: For each conversation, its images and videos as for `pixel_inputs`.
             config: The model's `config.json`.
+            media: The pixel inputs of all images, where they are made elsewhere: what describes their sizes is enough. None
+                makes them.
 
         Returns:
-            ``position_ids``, the pixel inputs, still as bytes, and ``packed_row``: where the samples end, as a list and as a tensor, and
-            what the family's packing needs beside.
+            ``position_ids``, the pixel inputs, still as bytes, and ``packed_row``: where the samples end, as a list and as a
+            tensor, and what the family's packing needs beside.
         """
         import torch
 
@@ -299,7 +306,7 @@ class Processing:
             parts=self._parts,
             samples=samples,
             num_media=[len(own) for own in images],
-            media=self.pixel_bytes([[image for own in images for image in own]]),
+            media=self.pixel_bytes([[image for own in images for image in own]]) if media is None else media,
             config=config,
         )
         row: dict[str, Any] = {"lengths": lengths, "ends": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)}

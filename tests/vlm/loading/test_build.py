@@ -168,13 +168,13 @@ def test_a_head_of_its_own_under_a_config_that_ties_it(tmp_path: Path, model_typ
 
 
 def test_the_builtin_model(tmp_path: Path) -> None:
-    summary = build("builtin", tmp_path, quantization="nf4")
-    assert (summary.family, summary.source, summary.quantization) == ("qwen2_5_vl", "builtin", "nf4")
+    summary = build("builtin-random", tmp_path, quantization="nf4")
+    assert (summary.family, summary.source, summary.quantization) == ("qwen2_5_vl", "builtin-random", "nf4")
     assert load_checkpoint(tmp_path, device="cpu").model.config.text_config.num_hidden_layers == 4
 
 
 def test_automatic_quantisation_is_settled_by_the_device(tmp_path: Path) -> None:
-    assert build("builtin", tmp_path, quantization="auto").quantization == "none"
+    assert build("builtin-random", tmp_path, quantization="auto").quantization == "none"
 
 
 class TestCannotBeUsed:

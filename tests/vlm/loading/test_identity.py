@@ -76,10 +76,11 @@ def test_pinning(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def test_builtin_counts_by_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = model_digest(ModelConfig(), cache_dir=None)
-    assert model_digest(ModelConfig(quantization="none"), cache_dir=None) == first
+    toy = ModelConfig(name="builtin-random")
+    first = model_digest(toy, cache_dir=None)
+    assert model_digest(toy.model_copy(update={"quantization": "none"}), cache_dir=None) == first
     monkeypatch.setattr(identity, "RECIPE", recipe.RECIPE + " changed")
-    assert model_digest(ModelConfig(), cache_dir=None) != first
+    assert model_digest(toy, cache_dir=None) != first
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:

@@ -13,17 +13,39 @@ from huggingface_hub import errors
 from vlm.config.model import ModelConfig
 from vlm.errors import ModelError
 from vlm.loading import source
-from vlm.loading.source import check_weights, checkpoint_files, fetch_from_hub, hub_commit, local_folder
+from vlm.loading.source import (
+    check_weights,
+    checkpoint_files,
+    fetch_from_hub,
+    hub_commit,
+    is_builtin,
+    local_folder,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_builtin_and_hub_names_have_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert local_folder(ModelConfig()) is None
+    assert local_folder(ModelConfig(name="builtin-random")) is None
     assert local_folder(ModelConfig(name="Qwen/Qwen2.5-VL-7B-Instruct")) is None
     (tmp_path / "mine").mkdir()
     assert local_folder(ModelConfig(name="mine")) == Path("mine")
+
+
+def test_the_built_in_model_is_the_pretrained_one_where_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "WEIGHTS_DIR", tmp_path / "weights")
+    toy, builtin = ModelConfig(name="builtin-random"), ModelConfig(name="builtin")
+    assert is_builtin(toy)
+    assert is_builtin(builtin)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}")
+    assert is_builtin(toy)
+    assert local_folder(toy) is None
+    assert not is_builtin(builtin)
+    assert local_folder(builtin) == tmp_path / "weights"
 
 
 @pytest.mark.parametrize("name", ["./qwen-tinny", "/nowhere/at/all", "~/no-such-folder", "a/b/c", "with space"])

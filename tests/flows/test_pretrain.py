@@ -1,0 +1,67 @@
+"""The pretraining as a flow: two runs, the second of which goes on and finishes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.pretrain_cli import describe, main, parse
+from vlm.config.pretrain import PretrainConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+def test_settings_come_from_the_command_line_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "pretrain.yaml"
+    file.write_text("minutes: 3\ncurriculum: {end: 0.5}\n")
+    config, _ = parse(["--config", str(file), "--minutes", "4", "--architecture.vision_layers", "4"])
+    assert (config.minutes, config.curriculum.end, config.architecture.vision_layers) == (4, 0.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--curriculum.start", "0.5"], "curriculum.end 0.35 is not after curriculum.start 0.5"),
+        (["--architecture.vision_width", "100"], "multiple of 64"),
+        (["--minuts", "3"], "--minutes"),
+    ],
+)
+def test_wrong_settings_are_named_at_once(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(arguments)
+    except SystemExit as error:
+        status = int(str(error.code))
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_flow_goes_on_and_finishes(prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("font_roboto", reason="the extra 'pretrain' is not installed")
+    pytest.importorskip("spellchecker", reason="the extra 'pretrain' is not installed")
+    from flows.pretrain_builtin import pretrain_builtin
+    from vlm.pretrain import train
+
+    settings: dict[str, Any] = {
+        "architecture": {"vision_layers": 2, "vision_width": 64, "language_layers": 1, "language_width": 128},
+        "num_steps": 2,
+        "positions_per_step": 1024,
+        "num_workers": 0,
+        "device": "cpu",
+        "rows_per_kind": 1,
+        "work_dir": str(tmp_path / "work"),
+        "output_dir": str(tmp_path / "model"),
+    }
+    config = PretrainConfig.model_validate(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_is_over", lambda *_: True)
+        first = pretrain_builtin(config)
+    assert (first["is_finished"], first["step"]) == (False, 1)
+    assert "goes on from here" in describe(first)
+    second = pretrain_builtin(config)
+    assert (second["is_finished"], second["step"]) == (True, 2)
+    assert "CER" in describe(second)
+    assert (tmp_path / "model" / "README.md").is_file()

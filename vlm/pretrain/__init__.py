@@ -1,0 +1,1 @@
+"""The pretraining of the built-in model on drawn lines of text."""
