@@ -11,6 +11,7 @@ import torch
 
 from tests.vlm.pretrain.conftest import SMALLEST
 from vlm.config.pretrain import ArchitectureConfig, CurriculumConfig, PretrainConfig
+from vlm.families.pixels import finished
 from vlm.pretrain.batch import model_inputs, to_device
 from vlm.pretrain.model import PROMPTS, new_model, pretrain_tokenizer, write_model
 from vlm.pretrain.packs import PackMaker
@@ -60,7 +61,7 @@ def test_layout_is_that_of_the_core(checkpoint: Path, pack: dict[str, Any]) -> N
         start += rows * columns
     ends = np.cumsum(pack["packed_row"]["lengths"])[:-1]
     samples = [torch.from_numpy(ids) for ids in np.split(pack["input_ids"][0], ends)]
-    oracle = processing.packed_inputs(samples, images, read_json(checkpoint / "config.json"))
+    oracle = finished(processing.packed_inputs(samples, images, read_json(checkpoint / "config.json")))
     inputs = model_inputs(to_device(pack, CPU), None)
     assert torch.equal(inputs["position_ids"], oracle["position_ids"])
     assert torch.equal(inputs["image_grid_thw"], oracle["image_grid_thw"])
