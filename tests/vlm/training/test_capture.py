@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vlm.packing.attention import Segments, ends_of
+from vlm.training.activation import rounded
 from vlm.training.capture import CapturedLayer, Rerun, Stack
-from vlm.training.capture.inputs import rounded
 from vlm.training.capture.stack import Shape
 
 WIDTH = 8

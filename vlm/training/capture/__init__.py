@@ -51,7 +51,7 @@ def graph_stacks(
         return None
     limit, memory = LAUNCH_BOUND_OPERATIONS, Memory()
     # Kept activations of one tower lie in its memory while the other one works.
-    other = memory if plan == ActivationPlan(None, None) else Memory()
+    other = memory if plan.recomputes_all else Memory()
     return (
         Stack(memory=memory, limit=limit, most_positions=most_patches),
         Stack(memory=other, limit=limit, most_positions=most_tokens),

@@ -107,16 +107,6 @@ def read(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> C
     return Call(hidden, tuple(constants), along, ends, ends_name, lengths, longest)
 
 
-def rounded(number: int) -> int:
-    """The number of positions that a graph is made for: up by an eighth at most, in steps of 64 at least.
-
-    Args:
-        number: Of positions.
-    """
-    step = max(64, 1 << max(0, number.bit_length() - 4))
-    return -(-number // step) * step
-
-
 def power_of_two(number: int) -> int:
     """The next power of two.
 

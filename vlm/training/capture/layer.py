@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlm.training.capture.inputs import Call, Inputs, Pass, in_flight, power_of_two, read, rounded
+from vlm.training.activation import rounded
+from vlm.training.capture.inputs import Call, Inputs, Pass, in_flight, power_of_two, read
 from vlm.training.capture.stack import MOST_WASTE, Graph, Shape, Stack
 
 _LOGGER = logging.getLogger(__name__)

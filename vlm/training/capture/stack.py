@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlm.training.capture.inputs import Call, Inputs, rounded
+from vlm.training.activation import rounded
+from vlm.training.capture.inputs import Call, Inputs
 
 if TYPE_CHECKING:
     from vlm.training.capture.layer import CapturedLayer, Entry
