@@ -161,9 +161,10 @@ def make_plan(
 
     # Two numbers give a bound of the cost of any row or micro-batch: what waits is linear in both counts, and of what works
     # in language model and vision tower the larger counts.
-    def activation_costs(activations: ActivationPlan) -> tuple[float, float]:
-        counts = (_COUNTED_TOKENS, 0), (0, _COUNTED_TOKENS)
-        text, image = (estimate(*pair, activations).activations_bytes / _COUNTED_TOKENS for pair in counts)
+    def activation_costs(activations: ActivationPlan) -> tuple[int, int]:
+        bounds = (estimate(*counts, activations) for counts in ((_COUNTED_TOKENS, 0), (0, _COUNTED_TOKENS)))
+        # Whole numbers, whose sums are the same in any order.
+        text, image = (math.ceil(bound.activations_bytes / _COUNTED_TOKENS) for bound in bounds)
         return text, image
 
     text_cost, visual_cost = activation_costs(ActivationPlan(0, 0))
