@@ -37,7 +37,7 @@ _OFFLOADS_IN_FLIGHT = 2
 # Fixed addresses of a captured tower beside its layers' inputs: the last output, and gradients in two places in turn.
 _MORE_SLOTS = 3
 # PyTorch gives each thread that multiplies matrices (one forward, one backward) such a workspace on each stream that it does
-# so on, of which recording a graph is one more. This is its size on cards since Hopper; older ones take a quarter.
+# so on; graphs of each tower are recorded on one more. This is its size on cards since Hopper; older ones take a quarter.
 _WORKSPACE_BYTES, _THREADS = 32 * 2**20, 2
 # The share of the activation estimate that no run has been seen to stay under.
 _CERTAIN_SHARE = 0.7
@@ -281,6 +281,6 @@ def estimate_memory(
         activations_bytes=int(vision_waits + max(language_waits + language_works, slots + vision_works)),
         # The fused block of gate and up is one product.
         dense_bytes=value_bytes * language.hidden * language.intermediate * (2 if fused and language.gated else 1),
-        workspace_bytes=_WORKSPACE_BYTES * _THREADS * (2 if captured else 1) if on_gpu else 0,
+        workspace_bytes=_WORKSPACE_BYTES * _THREADS * (3 if captured else 1) if on_gpu else 0,
         logits_bytes=int(HEAD_COPIES * min(length_tokens * vocabulary * 4, HEAD_CHUNK_BYTES)),
     )

@@ -80,7 +80,7 @@ class PlanSummary(Summary):
     worst_sample: dict[str, Any]
     """The costliest row: `id`, `num_tokens`, `num_visual_tokens`, `image_sizes` as [height, width], for videos [frames, height, width]."""
     activations: dict[str, Any]
-    """The fields of an `ActivationPlan`: which layers are recomputed."""
+    """The fields of an `ActivationPlan`: which layers are recomputed, and what lies in the host's memory."""
     memory: dict[str, int]
     """Bytes by part, `expected_bytes` and `at_least_bytes`, for the costliest micro-batch."""
     device_memory_bytes: int | None

@@ -57,6 +57,7 @@ def test_rows_are_those_of_the_table(random: Callable[..., torch.Tensor], device
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_on_a_gpu_beyond_32_bits_and_outside_of_the_table() -> None:
     # Of 2^31 values and a few rows, in bfloat16 4 GiB, of which only the ends are looked at.
     table = torch.zeros(2**19 + 3, 4096, device="cuda", dtype=torch.bfloat16)

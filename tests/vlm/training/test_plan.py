@@ -292,8 +292,9 @@ def test_estimate_of_small_steps_against_measurements(
         optimizer="adamw_8bit",
         captured=True,
     )
-    # What the allocator rounds up, and small tensors, are not counted.
-    assert estimate.expected_bytes / 2**30 == pytest.approx(measured_gib, rel=0.05)
+    # What the allocator rounds up, and small tensors, are not counted; the head's chunk is, which is gone when layers go
+    # backward.
+    assert estimate.expected_bytes / 2**30 == pytest.approx(measured_gib, rel=0.06)
 
 
 def test_an_embedding_on_the_host_is_not_counted(
