@@ -97,7 +97,8 @@ def embedding_on_host(model: Any) -> Iterator[bool]:
     """
     reason = why_not(model)
     if reason is not None:
-        _LOGGER.info("the input embedding stays on the device: %s", reason)
+        # The plan counted on it.
+        _LOGGER.warning("the input embedding stays on the device: %s", reason)
         yield False
         return
     module = model.get_input_embeddings()

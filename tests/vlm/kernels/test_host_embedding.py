@@ -147,7 +147,7 @@ class Holder(torch.nn.Module):
         return self.embedding
 
 
-def test_what_stays(tiny_run: Callable) -> None:
+def test_what_stays(tiny_run: Callable, caplog: pytest.LogCaptureFixture) -> None:
     def holder(**settings: Any) -> Holder:
         return Holder(torch.nn.Embedding(4, 3, **settings), torch.nn.Linear(3, 4, bias=False))
 
@@ -165,6 +165,7 @@ def test_what_stays(tiny_run: Callable) -> None:
     assert "another module's" in str(why_not(tied))
     with embedding_on_host(tied) as moved:
         assert not moved
+        assert "stays on the device: the weight is another module's" in caplog.text
         assert "forward" not in tied.embedding.__dict__
     # Gemma multiplies what it looks up.
     assert why_not(tiny_run("gemma3").loaded.model) == "the module is a Gemma3TextScaledWordEmbedding"
