@@ -49,9 +49,9 @@ def gguf_design(family: Family, bare: PreTrainedModel, names: Iterable[str], pro
     break_id = None if row_break is None else processing.tokenizer.convert_tokens_to_ids(row_break)
     state = bare.state_dict()
     found = destinations(layout, {name: state[name].shape for name in names}, config, break_id)
-    language = language_metadata(layout, config)
-    language |= tokenizer_metadata(layout, processing, config["text_config"]["vocab_size"])
-    vision = {"general.type": "mmproj", **vision_metadata(layout, config, processing)}
-    return GgufDesign(
-        found, {"language": layout.architecture, "vision": "clip"}, {"language": language, "vision": vision}
-    )
+    tokenizer = tokenizer_metadata(layout, processing, config["text_config"]["vocab_size"])
+    heads: dict[File, dict[str, Any]] = {
+        "language": {**language_metadata(layout, config), **tokenizer},
+        "vision": {"general.type": "mmproj", **vision_metadata(layout, config, processing)},
+    }
+    return GgufDesign(found, {"language": layout.architecture, "vision": "clip"}, heads)
