@@ -34,7 +34,9 @@ import torch
 from accelerate.utils import send_to_device
 
 from benchmarks.live_model import live_model, with_adapter
+from benchmarks.random_rows import random_row
 from vlm.config import TrainingConfig
+from vlm.data.rows import Sample
 from vlm.families.pixels import finished
 from vlm.kernels.host_embedding import embedding_on_host, why_not
 from vlm.kernels.install import PIECES, fused
@@ -138,16 +140,7 @@ SETTINGS |= {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the collator wants of a prepared row."""
-
-    input_ids: np.ndarray
-    assistant_spans: list[tuple[int, int]]
-    images: list[np.ndarray]
-
-
-def make_rows(work: Work, number: int, processing: Any) -> list[Row]:
+def make_rows(work: Work, number: int, processing: Any) -> list[Sample]:
     """Random samples of a kind of work."""
     rng, noise = random.Random(1), np.random.default_rng(1)
     words = [
@@ -173,14 +166,7 @@ def make_rows(work: Work, number: int, processing: Any) -> list[Row]:
         least, most = work.words
         pairs = int(rng.triangular(least, most, least + (most - least) / 4)) // 2 + 1
         answer = " ".join(f"{rng.choice(words)} {rng.randint(0, 999)}" for _ in range(pairs))
-        question = [{"type": "image"}, {"type": "text", "text": "Transcribe the text in the image."}]
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ]
-        encoded = processing.encode(messages, [size])
-        spans = [(int(start), int(end)) for start, end in encoded.assistant_spans]
-        rows.append(Row(encoded.input_ids, spans, [noise.integers(0, 256, (*size, 3), dtype=np.uint8)]))
+        rows.append(random_row(processing, size, answer, noise))
     return rows
 
 

@@ -20,9 +20,11 @@ from tests.vlm.conftest import TinyRun
 from tests.vlm.export.test_export import PLAIN, make_adapter, make_fully_trained, run_export
 from vlm.config import LoraConfig, ModelConfig
 from vlm.errors import ExportError
+from vlm.export.gguf.support import check_model, check_supported
 from vlm.families import FAMILIES
 
 MODELS = ("qwen2_vl", "builtin", "pixtral", "mistral3")
+WINDOW = r"window_size 56 and llama\.cpp computes with 112"
 REFUSED = [name for name, family in FAMILIES.items() if family.gguf is None]
 
 
@@ -84,7 +86,7 @@ def test_the_language_model_is_the_merged_one(
     if family.gguf.architecture == "qwen2vl":
         # transformers reads no qwen2vl files; on text alone, it is qwen2.
         layout = dataclasses.replace(family.gguf, architecture="qwen2")
-        monkeypatch.setattr("vlm.export.gguf.write.check_supported", lambda family: layout)
+        monkeypatch.setattr("vlm.export.gguf.design.check_supported", lambda family: layout)
         run = run_of(name)
         run_export("gguf", run, make_adapter(run, tmp_path / "adapter", PLAIN), tmp_path / "out", gguf_type="f16")
         folder = tmp_path / "out"
@@ -255,13 +257,20 @@ def test_families_that_llama_cpp_does_not_run_are_refused(tiny_run: Callable, tm
 def test_settings_that_llama_cpp_has_built_in_otherwise_are_refused(tiny_run: Callable, tmp_path: Path) -> None:
     run = tiny_run("qwen2_5_vl")
     adapter = make_adapter(run, tmp_path / "adapter", PLAIN)
-    with pytest.raises(ExportError, match=r"window_size 56 and llama\.cpp computes with 112"):
+    with pytest.raises(ExportError, match=WINDOW):
         run_export("gguf", run, adapter, tmp_path / "out")
+    # And without an adapter, before there is one.
+    with pytest.raises(ExportError, match=WINDOW):
+        check_model(run.loaded.family, run.checkpoint_dir / "model", run.checkpoint_dir / "processor")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_can_be_written_pass_the_check(run_of: Callable, name: str) -> None:
+    run = run_of(name)
+    check_model(run.loaded.family, run.checkpoint_dir / "model", run.checkpoint_dir / "processor")
 
 
 def test_a_missing_package_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.export.gguf.support import check_supported
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"pip install 'vision-finetune\[gguf\]'"):
         check_supported(FAMILIES["qwen2_vl"])

@@ -24,9 +24,9 @@ import torch
 
 from vlm.training.activation import LAUNCH_BOUND_OPERATIONS, ActivationPlan
 from vlm.training.capture.layer import CapturedLayer, capturable
-from vlm.training.capture.stack import Graph, Memory, Rerun, Stack
+from vlm.training.capture.stack import Graph, Memory, Stack
 
-__all__ = ["CapturedLayer", "Graph", "Memory", "Rerun", "Stack", "capturable", "graph_stacks"]
+__all__ = ["CapturedLayer", "Graph", "Memory", "Stack", "capturable", "graph_stacks"]
 
 
 def graph_stacks(
