@@ -22,6 +22,8 @@ ActivationMode = Literal["auto", "keep", "recompute", "offload"]
 LAUNCH_BOUND_OPERATIONS = 4e12
 # Of the device's memory: the allocator cannot use all of it, and estimates err.
 _USABLE_SHARE = 0.9
+# On a CPU a step that needs no more than this keeps its activations: memory is no worry then.
+_CPU_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,11 @@ def choose_activations(
         num_vision_layers: Trained layers of the vision tower; 0 for a frozen one, which keeps nothing.
         num_language_layers: Layers of the language model.
         expected_bytes: Memory of the costliest step under a plan.
-        device_memory_bytes: What there is; None on a CPU, where ``auto`` recomputes everything.
+        device_memory_bytes: What there is; None on a CPU.
         embedding_can_move: Whether the input embedding is frozen and not the head's, too.
 
     Returns:
-        For ``auto``, the fewest recomputed layers with which the step fits; everything recomputed and offloaded where
+        For ``auto`` on a CPU, all or nothing. On a GPU, the fewest recomputed layers with which the step fits; everything recomputed and offloaded where
         nothing fits. The embedding goes to the host with ``offload``, and with ``auto`` where not all fits as it is.
     """
     if mode == "keep":
@@ -84,8 +86,11 @@ def choose_activations(
     offloaded = ActivationPlan(all_vision, None, offload=True, embedding_on_host=host)
     if mode == "offload":
         return offloaded
-    if mode == "recompute" or device_memory_bytes is None:
+    if mode == "recompute":
         return everything
+    if device_memory_bytes is None:
+        kept = ActivationPlan(0, 0)
+        return kept if expected_bytes(kept) <= _CPU_BYTES else everything
     budget = int(_USABLE_SHARE * device_memory_bytes)
     candidates = [ActivationPlan(number, 0, embedding_on_host=host) for number in range(num_vision_layers)]
     candidates += [ActivationPlan(all_vision, number, embedding_on_host=host) for number in range(num_language_layers)]
