@@ -29,6 +29,7 @@ class GgufLayout:
         vision_names: Patterns of parameters' full names, and the names of the tensors that each becomes. Several names
             cut it in equal parts: a convolution over time into one per time step, anything else along its outputs.
         vision_metadata: A config to the values of the mmproj file that follow from it.
+        image_text: What the chat template writes for an image; llama.cpp puts all of it around an image by itself.
         row_break_token: Token whose embedding llama.cpp puts behind every row of an image; None where there is none.
     """
 
@@ -39,6 +40,7 @@ class GgufLayout:
     interleaved_vision: bool
     vision_names: tuple[tuple[str, tuple[str, ...]], ...]
     vision_metadata: Callable[[Mapping[str, Any]], dict[str, Value]]
+    image_text: str
     row_break_token: str | None = None
 
 
@@ -150,6 +152,7 @@ def _qwen_layout(mlp: tuple[tuple[str, tuple[str, ...]], ...], projector: str) -
             (r"model\.visual\.merger\.mlp\.([02])" + ending, (r"mm.\1.\2",)),
         ),
         vision_metadata=qwen_metadata,
+        image_text="<|vision_start|><|image_pad|><|vision_end|>",
     )
 
 
@@ -178,5 +181,6 @@ PIXTRAL_GGUF = GgufLayout(
         (_PROJECTOR + r"patch_merger\.merging_layer\.weight", ("mm.patch_merger.weight",)),
     ),
     vision_metadata=pixtral_metadata,
+    image_text="[IMG]",
     row_break_token="[IMG_BREAK]",
 )
