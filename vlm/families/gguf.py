@@ -78,6 +78,7 @@ def qwen_metadata(config: Mapping[str, Any]) -> dict[str, Value]:
     """
     vision = config["vision_config"]
     _required(vision, "temporal_patch_size", 2)
+    _required(vision, "spatial_merge_size", 2)
     found: dict[str, Value] = {
         # For the memory that is set aside; images of any size are taken.
         "clip.vision.image_size": 560,
@@ -90,19 +91,31 @@ def qwen_metadata(config: Mapping[str, Any]) -> dict[str, Value]:
     if "embed_dim" in vision:
         found["clip.vision.embedding_length"] = vision["embed_dim"]
         found["clip.vision.feed_forward_length"] = int(vision["embed_dim"] * vision["mlp_ratio"])
-        return found
+        return _with_told_apart_layers(found)
     _required(vision, "window_size", 112)
-    full = list(vision["fullatt_block_indexes"])
-    period = full[0] + 1 if full else 0
-    regular = [block for block in range(vision["depth"]) if period and (block + 1) % period == 0]
-    if full != regular:
+    full = sorted(vision["fullatt_block_indexes"])
+    depth = vision["depth"]
+    # Every n-th layer has full attention; 0 stands for all of them, and a period beyond the last layer for none.
+    period = full[0] + 1 if full else depth + 1
+    if full != [block for block in range(depth) if (block + 1) % period == 0]:
         raise ExportError(
             f"export.types has 'gguf', but the vision tower's layers {full} have full attention, and llama.cpp takes every"
-            f" {period or 'n'}-th of {vision['depth']} only; leave 'gguf' out"
+            f" {period}-th of {depth} only; leave 'gguf' out"
         )
-    found["clip.vision.n_wa_pattern"] = period
+    found["clip.vision.n_wa_pattern"] = 0 if period == 1 else period
     found["clip.vision.embedding_length"] = vision["hidden_size"]
     found["clip.vision.feed_forward_length"] = vision["intermediate_size"]
+    return _with_told_apart_layers(found)
+
+
+def _with_told_apart_layers(found: dict[str, Value]) -> dict[str, Value]:
+    """Old files had a block's two feed-forward layers swapped, which llama.cpp recognises by their width."""
+    width = found["clip.vision.embedding_length"]
+    if found["clip.vision.feed_forward_length"] == width:
+        raise ExportError(
+            f"export.types has 'gguf', but the vision tower's feed-forward layers are as wide as its blocks ({width}), and"
+            " llama.cpp then swaps them; leave 'gguf' out"
+        )
     return found
 
 

@@ -122,7 +122,8 @@ def test_another_metric_is_noticed(trained: tuple[Any, Path, Path], tmp_path: Pa
     right = json.loads((reference / "reference.json").read_text())
 
     def other_words(request: dict[str, str]) -> dict[str, Any]:
-        return {"measured": {"distance": 0.0, "change": 1.0, "kept": 1.0, "answers": right["targets"]}}
+        rows = list(range(len(right["ids"])))
+        return {"measured": {"distance": 0.0, "change": 1.0, "kept": 1.0, "rows": rows, "answers": right["targets"]}}
 
     with pytest.raises(ExportError, match=r"Character error rate 0\.0000, the trained model"):
         verify("lora", run, tmp_path / "lora", reference, runner=other_words)

@@ -67,12 +67,15 @@ class LlamaCpp:
         settings.n_batch = settings.n_ubatch = _BATCH_TOKENS
         settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
         settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # Its threads wait for each other in busy loops, so there must not be more than torch was given.
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         settings.offload_kqv = settings.op_offload = on_gpu
         self._context = self._loaded(paths["model"], llama_cpp.llama_init_from_model(self._model, settings))
         images = mtmd_cpp.mtmd_context_params_default()
         images.use_gpu = on_gpu
         images.warmup = False
         images.print_timings = False
+        images.n_threads = torch.get_num_threads()
         images.media_marker = _MARK.encode()
         images.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         images.image_min_tokens, images.image_max_tokens = 1, _MAX_IMAGE_TOKENS
