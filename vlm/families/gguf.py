@@ -21,7 +21,8 @@ class GgufLayout:
 
     Attributes:
         architecture: llama.cpp's name of the language model's architecture.
-        pre_tokenizer: llama.cpp's name of the rule that cuts text into words before byte pairs are merged.
+        pre_tokenizer: llama.cpp's name of the rule that cuts text into words before byte pairs are merged, for tokenizers
+            whose pattern says nothing else.
         projector: Value of ``clip.projector_type``.
         interleaved_language: Whether that architecture rotates neighbouring numbers of a query or key where transformers
             rotates one of the first half with one of the second; rows of the projections are reordered then.

@@ -18,6 +18,7 @@ from tests.support.clip_twin import pixtral_features, qwen_features, read_gguf
 from tests.vlm.export.test_export import PLAIN, make_adapter, make_fully_trained, run_export
 from vlm.config import LoraConfig
 from vlm.errors import ExportError
+from vlm.export.gguf.metadata import pre_tokenizer
 from vlm.families import FAMILIES
 from vlm.families.gguf import qwen_metadata
 
@@ -174,9 +175,14 @@ def test_the_modelfile_has_the_models_own_template(exported: Callable, name: str
     template = text.split('"""')[1]
     assert template == expected
     assert text.startswith("FROM ./model-f16.gguf\nFROM ./mmproj-f16.gguf\n")
-    ends = {"qwen2_vl": ["<|im_end|>"], "pixtral": ["</s>"]}[name]
+    ends = {"qwen2_vl": ["<|im_end|>", "<|endoftext|>"], "pixtral": ["</s>"]}[name]
     assert [line for line in text.splitlines() if "stop" in line] == [f'PARAMETER stop "{end}"' for end in ends]
     assert "PARAMETER temperature 0" in text
+    # The tiny processors' limits: areas for Qwen2-VL, a longest edge for Pixtral.
+    limits = {"qwen2_vl": (4, 256), "pixtral": (1, 576)}[name]
+    assert (
+        "`--image-min-tokens {} --image-max-tokens {}`".format(*limits) in (exported(name)[0] / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("gguf_type", ["bf16", "q8_0", "q4_0", "q5_1"])
@@ -236,6 +242,20 @@ def test_settings_that_llama_cpp_has_built_in_otherwise_are_refused(tiny_run: Ca
     adapter = make_adapter(run, tmp_path / "adapter", PLAIN)
     with pytest.raises(ExportError, match=r"window_size 56 and llama\.cpp computes with 112"):
         run_export("gguf", run, adapter, tmp_path / "out")
+
+
+def test_the_rule_for_words_is_the_tokenizers_own(gguf_run: Callable) -> None:
+    layout = FAMILIES["mistral3"].gguf
+    assert layout is not None
+    tokenizer = gguf_run("mistral3").loaded.processing.tokenizer
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    # The tests' tokenizer cuts text as Qwen's does.
+    assert pre_tokenizer(layout, description) == "qwen2"
+    split = next(step for step in description["pre_tokenizer"]["pretokenizers"] if step["type"] == "Split")
+    split["pattern"]["Regex"] = split["pattern"]["Regex"].replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+    assert pre_tokenizer(layout, description) == "llama-bpe"
+    split["pattern"]["Regex"] = r"\S+"
+    assert pre_tokenizer(layout, description) == "tekken"
 
 
 def qwen_config(**vision: Any) -> dict[str, Any]:

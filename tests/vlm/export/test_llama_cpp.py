@@ -54,7 +54,6 @@ def test_other_types(gate: Callable, gguf_type: str, bound: float) -> None:
         # Consistent with itself, so that a comparison of tensors sees nothing.
         ({"interleaved_language": False}, "gives logits that are"),
         ({"interleaved_vision": False}, "gives logits that are"),
-        ({"pre_tokenizer": "llama4"}, "cuts a conversation into other tokens"),
         ({"projector": "none"}, r"does not load mmproj-f16.gguf.*unknown projector type"),
         ({"architecture": "qwen2vl"}, r"does not load model-f16.gguf.*rope.dimension_sections"),
     ],
@@ -68,3 +67,9 @@ def test_files_that_llama_cpp_reads_otherwise_are_noticed(
     monkeypatch.setattr("vlm.export.gguf.write.check_supported", lambda family: layout)
     with pytest.raises(ExportError, match=message):
         gate("pixtral", "f16")
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_noticed(gate: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.export.gguf.metadata.pre_tokenizer", lambda layout, description: "default")
+    with pytest.raises(ExportError, match=r"cuts text into other tokens than the model's tokenizer, such as"):
+        gate("qwen2_vl", "f16")

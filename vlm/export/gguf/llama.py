@@ -26,6 +26,11 @@ _MARK = "\ue000image\ue000"
 # Images were resized when the dataset was prepared, within limits of its own.
 _MAX_IMAGE_TOKENS = 2**16
 _BATCH_TOKENS = 512
+# ggml's number of errors among its log levels.
+_ERROR = 4
+# Held-out rows need not have what tokenizers differ in: groups of digits, capitals within words, contractions, runs of
+# white space and of signs.
+_TEXT = "Total: 1234567.89 EUR\n\n  iPhone and HTMLParser don't, WE'LL see\t(x+1)^2 //\r\n \n{caf\u00e9}  \u6771\u4eac 2026-11-23..."
 
 
 class LlamaCpp:
@@ -82,7 +87,9 @@ class LlamaCpp:
         self._vision = self._loaded(
             paths["mmproj"], mtmd_cpp.mtmd_init_from_file(str(paths["mmproj"]).encode(), self._model, images)
         )
-        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self._check_tokenizer()
 
     def close(self) -> None:
         """Frees everything."""
@@ -156,8 +163,22 @@ class LlamaCpp:
         return self._processing.decode(new)
 
     def _log(self, level: int, text: bytes, _: Any) -> None:
-        if level == 3:  # an error
+        if level == _ERROR:
             self._errors.append(text.decode("utf-8", "replace").strip())
+
+    def _check_tokenizer(self) -> None:
+        text = _TEXT.encode()
+        room = (self._llama.llama_token * len(text))()
+        count = self._llama.llama_tokenize(self._vocab, text, len(text), room, len(room), False, False)
+        tokenizer = self._processing.tokenizer
+        found, expected = list(room[: max(count, 0)]), tokenizer(_TEXT, add_special_tokens=False).input_ids
+        if found != expected:
+            first = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), 0)
+            here, there = (tokenizer.convert_ids_to_tokens(ids[first : first + 4]) for ids in (found, expected))
+            raise ExportError(
+                f"llama.cpp cuts text into other tokens than the model's tokenizer, such as {here} in place of {there}; please"
+                " report this with the model's name"
+            )
 
     def _loaded(self, path: Path, handle: Any) -> Any:
         if not handle:
