@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -88,7 +89,7 @@ def measure(request: Request) -> Measured:
     sums = dict.fromkeys(("error", "change", "inner", "trained"), 0.0)
     if request.kind == "gguf":
         # llama.cpp is handed images only.
-        numbers = [number for number, row in enumerate(rows) if not any(isinstance(m, Video) for m in row.images)]
+        numbers = [number for number, row in enumerate(rows) if len(_stills(row)) == len(row.images)]
         if not numbers:
             raise ExportError(
                 "each of the held-out rows has a video, and llama.cpp is only handed images here; set export.verify to false"
@@ -131,6 +132,11 @@ class _Run:
     """The answer to a row."""
 
 
+def _stills(row: PreparedRow) -> list[np.ndarray]:
+    """A row's images, without its videos."""
+    return [image for image in row.images if not isinstance(image, Video)]
+
+
 @contextmanager
 def _in_transformers(request: Request, rows: Sequence[PreparedRow], max_new_tokens: int) -> Iterator[_Run]:
     model, processing = load_export(request)
@@ -152,11 +158,11 @@ def _in_llama_cpp(request: Request, rows: Sequence[PreparedRow], max_new_tokens:
 
     def logits(row: PreparedRow) -> torch.Tensor:
         start, end = answer_positions(row)
-        return model.logits(row.messages, row.images, row.input_ids.tolist()[:end], start)[0]
+        return model.logits(row.messages, _stills(row), row.input_ids.tolist()[:end], start)[0]
 
     def answer(row: PreparedRow) -> str:
         messages, num_images = prompt_of(row)
-        return model.answer(messages, row.images[:num_images], max_new_tokens)
+        return model.answer(messages, _stills(row)[:num_images], max_new_tokens)
 
     try:
         yield _Run(logits, answer)

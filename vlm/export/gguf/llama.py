@@ -122,7 +122,7 @@ class LlamaCpp:
             ExportError: llama.cpp cuts the conversation into other tokens, or fails.
         """
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
-        found, position, at = [], 0, 0
+        position = at = 0
         with self._tokenised(messages, images, add_generation_prompt) as chunks:
             self._check_tokens(chunks, messages, images, add_generation_prompt)
             for chunk in chunks:
