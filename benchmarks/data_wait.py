@@ -36,11 +36,10 @@ from accelerate.utils import send_to_device
 
 from benchmarks.gpu_step import TINY, WORK, make_rows, synchronize
 from benchmarks.live_model import live_model
+from benchmarks.random_rows import write_prepared
 from benchmarks.real_size import describe
 from vlm.config import LoraConfig, TrainingConfig
 from vlm.data.prepared import PreparedDataset
-from vlm.data.rows import Sample
-from vlm.data.storage import SplitWriter
 from vlm.families.pixels import PixelBytes, finished
 from vlm.lora.build import build_adapter
 from vlm.processing import Processing
@@ -53,33 +52,6 @@ SHAPES = {"lines": "qwen2_vl_2b", "formula": "qwen2_vl_2b", "document": "qwen2_5
 SAMPLES_PER_STEP = 8
 NUM_ROWS = 64
 LEFT_OUT = 4
-
-
-def write_dataset(work: str, processing: Processing, folder: Path) -> Path:
-    """A prepared dataset of random samples, without validation rows."""
-    folder.mkdir()
-    for split in ("train", "validation", "test"):
-        with SplitWriter(folder / split) as writer:
-            for number, row in enumerate(make_rows(WORK[work], NUM_ROWS, processing) if split == "train" else ()):
-                visual = sum(processing.num_image_tokens(*image.shape[:2]) for image in row.images)
-                messages = [
-                    {"role": "user", "content": [{"type": "image"}]},
-                    {"role": "assistant", "content": [{"type": "text", "text": "Words."}]},
-                ]
-                sample = Sample(
-                    id=None,
-                    group=None,
-                    messages=messages,
-                    images=list(row.images),
-                    input_ids=row.input_ids,
-                    assistant_spans=row.assistant_spans,
-                    num_visual_tokens=visual,
-                    metadata={},
-                )
-                writer.add(str(number), sample)
-    counts = {"train": NUM_ROWS, "validation": 0, "test": 0}
-    (folder / "summary.json").write_text(json.dumps({"num_rows": counts, "ledger": {}}))
-    return folder
 
 
 def batch_bytes(value: Any) -> int:
@@ -203,7 +175,7 @@ def main() -> None:
             else:
                 described = describe(size, folder / "described", config=overlay)
                 processing, config = Processing.from_dir(described), json.loads((described / "config.json").read_text())
-            dataset = write_dataset(work, processing, folder / "dataset")
+            dataset = write_prepared(folder / "dataset", "train", make_rows(WORK[work], NUM_ROWS, processing))
             line = host_costs(dataset, processing, config)
             rest = "– | – | – | – | –"
             if trains:

@@ -15,11 +15,11 @@ fails where one differs.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +30,9 @@ import torch
 
 from benchmarks.gpu_step import TINY, WORK, Work, synchronize
 from benchmarks.live_model import live_model, with_adapter
+from benchmarks.random_rows import random_row, write_prepared
 from vlm.data.prepared import PreparedDataset
 from vlm.data.rows import Sample
-from vlm.data.storage import SplitWriter
 from vlm.generate import predict
 from vlm.kernels.install import fused
 from vlm.lora.peft_model import base_model
@@ -41,33 +41,13 @@ from vlm.packing.model import packed
 _WORDS = ("total", "invoice", "date", "company", "tax", "amount", "cash", "change", "item", "price", "receipt", "thank")
 
 
-def write_rows(folder: Path, work: Work, number: int, processing: Any) -> PreparedDataset:
-    """Writes random rows of a kind of work as the test split of a prepared dataset."""
+def make_rows(work: Work, number: int, processing: Any) -> Iterator[Sample]:
+    """Random rows of a kind of work."""
     rng, noise = random.Random(1), np.random.default_rng(1)
-    with SplitWriter(folder / "test") as writer:
-        for row in range(number):
-            size = processing.target_size(rng.randint(*work.height), rng.randint(*work.width))
-            answer = " ".join(rng.choices(_WORDS, k=rng.randint(*work.words)))
-            question = [{"type": "image"}, {"type": "text", "text": "Transcribe the text in the image."}]
-            messages = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-            ]
-            encoded = processing.encode(messages, [size])
-            sample = Sample(
-                id=None,
-                group=None,
-                messages=messages,
-                images=[noise.integers(0, 256, (*size, 3), dtype=np.uint8)],
-                input_ids=encoded.input_ids,
-                assistant_spans=encoded.assistant_spans,
-                num_visual_tokens=encoded.num_visual_tokens,
-                metadata={},
-            )
-            writer.add(f"row-{row}", sample)
-    counts = {"train": 0, "validation": 0, "test": number}
-    (folder / "summary.json").write_text(json.dumps({"num_rows": counts, "ledger": {}}))
-    return PreparedDataset(folder, "test")
+    for _ in range(number):
+        size = processing.target_size(rng.randint(*work.height), rng.randint(*work.width))
+        answer = " ".join(rng.choices(_WORDS, k=rng.randint(*work.words)))
+        yield random_row(processing, size, answer, noise)
 
 
 class Bench:
@@ -93,7 +73,8 @@ class Bench:
         base_model(self.model).generation_config.min_new_tokens = options.new_tokens
         # Most ids of a real vocabulary are words of no tiny tokenizer, and would be left out of a text.
         self.loaded.processing.decode = lambda ids: " ".join(map(str, ids))  # type: ignore[method-assign]
-        self.rows = write_rows(folder, WORK[options.work], options.rows, self.loaded.processing)
+        rows = make_rows(WORK[options.work], options.rows, self.loaded.processing)
+        self.rows = PreparedDataset(write_prepared(folder, "test", rows), "test")
 
     def answer(self, numbers: range, batch_size: int) -> list[str]:
         """Answers to some rows, as token ids."""

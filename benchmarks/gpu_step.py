@@ -5,8 +5,10 @@
 Random weights in NF4 made on the GPU, LoRA r=16 on all linear layers of vision tower and language model, 8-bit AdamW,
 eight samples a step. Samples are as large as those of the three kinds of work below; texts are words and numbers, and
 tokens are those of the tests' tokenizer, whose number is printed. A setting is a set of fused pieces and what happens to
-activations; each is timed by itself, after warm-up, batches already on the GPU. The ceiling is a bfloat16 product of
-8192³ in the same run; the work counted is 4 operations per weight and token, none for recomputation, attention left out.
+activations; each is timed by itself, after warm-up, batches already on the GPU, their pixels as the bytes that a training
+sends. "Host embedding" has the input embedding in the host's memory, and so has "offload". The ceiling is a bfloat16
+product of 8192³ in the same run; the work counted is 4 operations per weight and token, none for recomputation, attention
+left out.
 The largest shapes fit on one card of 141 GB: take `--settings "all, auto" --steps 2 --warmup 1`. `--shape tiny` and
 `--shape tiny_llama` try the script itself on a CPU.
 """
@@ -23,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -32,7 +34,11 @@ import torch
 from accelerate.utils import send_to_device
 
 from benchmarks.live_model import live_model, with_adapter
+from benchmarks.random_rows import random_row
 from vlm.config import TrainingConfig
+from vlm.data.rows import Sample
+from vlm.families.pixels import finished
+from vlm.kernels.host_embedding import embedding_on_host, why_not
 from vlm.kernels.install import PIECES, fused
 from vlm.lora.peft_model import adapter_parameters, base_model
 from vlm.packing.model import packed
@@ -60,6 +66,7 @@ WORK = {
     "document": Work((700, 1000), (900, 1300), (60, 320)),
 }
 TINY: dict[str, Any] = {
+    "tie_word_embeddings": False,
     "text_config": {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -112,8 +119,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any] | None]] = {
         )
     },
 }
-GRAPHS = ", graphs"
-# Name: pieces, whose head, activations. With GRAPHS behind it, layers are replayed as CUDA graphs.
+HOST, GRAPHS = ", host embedding", ", graphs"
+# Name: pieces, whose head, activations. With HOST in it, the input embedding lies in the host's memory; with GRAPHS behind
+# it, layers are replayed as CUDA graphs.
 SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "eager": ((), "trl", "recompute"),
     "own head": ((), "own", "recompute"),
@@ -121,23 +129,18 @@ SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "+ mlp": (("linear", "mlp"), "own", "recompute"),
     "+ norm": (("linear", "mlp", "norm"), "own", "recompute"),
     "all, recompute": (PIECES, "own", "recompute"),
+    "all, recompute" + HOST: (PIECES, "own", "recompute"),
     "all, offload": (PIECES, "own", "offload"),
     "all, keep": (PIECES, "own", "keep"),
     "all, auto": (PIECES, "own", "auto"),
 }
-SETTINGS |= {name + GRAPHS: SETTINGS[name] for name in ("own head", "all, recompute", "all, keep", "all, auto")}
+SETTINGS |= {
+    name + GRAPHS: SETTINGS[name]
+    for name in ("own head", "all, recompute", "all, recompute" + HOST, "all, keep", "all, auto")
+}
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the collator wants of a prepared row."""
-
-    input_ids: np.ndarray
-    assistant_spans: list[tuple[int, int]]
-    images: list[np.ndarray]
-
-
-def make_rows(work: Work, number: int, processing: Any) -> list[Row]:
+def make_rows(work: Work, number: int, processing: Any) -> list[Sample]:
     """Random samples of a kind of work."""
     rng, noise = random.Random(1), np.random.default_rng(1)
     words = [
@@ -163,14 +166,7 @@ def make_rows(work: Work, number: int, processing: Any) -> list[Row]:
         least, most = work.words
         pairs = int(rng.triangular(least, most, least + (most - least) / 4)) // 2 + 1
         answer = " ".join(f"{rng.choice(words)} {rng.randint(0, 999)}" for _ in range(pairs))
-        question = [{"type": "image"}, {"type": "text", "text": "Transcribe the text in the image."}]
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ]
-        encoded = processing.encode(messages, [size])
-        spans = [(int(start), int(end)) for start, end in encoded.assistant_spans]
-        rows.append(Row(encoded.input_ids, spans, [noise.integers(0, 256, (*size, 3), dtype=np.uint8)]))
+        rows.append(random_row(processing, size, answer, noise))
     return rows
 
 
@@ -210,7 +206,9 @@ class Bench:
         self.base = base_model(self.model)
         synchronize()
         self.made_seconds = time.perf_counter() - started
-        collator = VisionDataCollator(self.loaded.processing, model_config=self.base.config.to_dict())
+        collator = VisionDataCollator(
+            self.loaded.processing, model_config=self.base.config.to_dict(), pixels_as_bytes=True
+        )
         rows = make_rows(WORK[options.work], options.samples, self.loaded.processing)
         parts = [rows[first :: options.packs] for first in range(options.packs)]
         self.batches = [send_to_device(collator.pack(part), self.device) for part in parts]
@@ -270,9 +268,10 @@ class Bench:
             captured=captured,
             optimizer="adamw_8bit" if self.device == "cuda" else "adamw",
             patches_per_token=self.patches_per_token,
+            on_gpu=self.device == "cuda",
         )
 
-    def plan(self, mode: str, *, fused: bool, memory: int | None) -> ActivationPlan:
+    def plan(self, mode: str, *, fused: bool, captured: bool, memory: int | None) -> ActivationPlan:
         """What the training plan would do with activations."""
         language, vision, _ = towers(self.base.config.to_dict(), self.loaded.family)
         checked = TrainingConfig.model_validate({"activation_memory": mode})
@@ -280,8 +279,9 @@ class Bench:
             checked.activation_memory,
             num_vision_layers=vision.num_layers,
             num_language_layers=language.num_layers,
-            expected_bytes=lambda plan: self.estimate(plan, fused=fused).expected_bytes,
+            expected_bytes=lambda plan: self.estimate(plan, fused=fused, captured=captured).expected_bytes,
             device_memory_bytes=memory,
+            embedding_can_move=why_not(self.base) is None,
         )
 
     def step(self) -> None:
@@ -289,7 +289,9 @@ class Bench:
         total = sum(self.num_supervised)
         if self.flat is not None:
             self.flat.begin()
-        for batch in self.batches:
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        for sent in self.batches:
+            batch = finished(sent, dtype)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
                 output = self.model(**batch, **self.call)
                 loss = (output.total if "supervised" in self.call else -output.log_probs.sum()) / total
@@ -314,7 +316,13 @@ class Bench:
         memory = None
         if self.device == "cuda":
             memory = int(options.memory_gib * 2**30) if options.memory_gib else torch.cuda.mem_get_info()[1]
-        plan = self.plan(mode, fused="linear" in pieces, memory=memory)
+        captured = self.device == "cuda" and name.endswith(GRAPHS)
+        plan = self.plan(mode, fused="linear" in pieces, captured=captured, memory=memory)
+        if HOST in name:
+            reason = why_not(self.base)
+            if reason is not None:
+                return f"| {name} | | left out: {reason} | | | | | | |"
+            plan = replace(plan, embedding_on_host=True)
         with ExitStack() as stack:
             stock = self.base.forward
             stack.callback(self.base.__dict__.pop, "forward", None)
@@ -328,6 +336,8 @@ class Bench:
                 self.call = {"fused_lm_head": True}
             assert self.base.forward is not stock
             report = stack.enter_context(fused(self.base, self.loaded.family, pieces))
+            if plan.embedding_on_host:
+                stack.enter_context(embedding_on_host(self.base))
             stacks = self.stacks(plan) if name.endswith(GRAPHS) else None
             stack.enter_context(recomputed(self.base, self.loaded.family, plan, stacks=stacks))
             stack.enter_context(packed(self.base, self.loaded.family))
@@ -345,13 +355,12 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() if cuda else 0
         # What graphs use while they are replayed counts here only.
         reserved = torch.cuda.max_memory_reserved() if cuda else 0
-        captured = name.endswith(GRAPHS)
         expected = self.estimate(plan, fused="linear" in pieces, captured=captured).expected_bytes
         rate = options.samples / seconds
         share = self.operations() / seconds / matmul
         recomputing = f"{plan.recomputed_vision}, {plan.recomputed_language}".replace("None", "all")
         return (
-            f"| {name} | {recomputing}{' offloaded' if plan.offload else ''} | {rate:.2f} | {seconds:.3f} | {first:.1f}"
+            f"| {name} | {recomputing}{' offloaded' * plan.offload}{HOST * plan.embedding_on_host} | {rate:.2f} | {seconds:.3f} | {first:.1f}"
             f" | {peak / 2**30:.2f} | {reserved / 2**30:.2f} | {expected / 2**30:.2f} | {share:.1%} |"
         )
 

@@ -26,6 +26,7 @@ import platform
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,10 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.gpu_step import TINY
 from benchmarks.live_model import live_model
+from benchmarks.random_rows import random_row, write_prepared
 from vlm.config import LoraConfig, ModelConfig, TrainingConfig
 from vlm.data.prepared import PreparedDataset
 from vlm.data.rows import Sample
-from vlm.data.storage import SplitWriter
 from vlm.loading.build import CheckpointSummary
 from vlm.loading.checkpoint import LoadedModel
 from vlm.loading.model_config import model_config
@@ -59,34 +60,14 @@ BATCH = 8
 _WORDS = ("total", "invoice", "date", "tax", "amount", "cash", "item", "price")
 
 
-def write_rows(folder: Path, number: int, processing: Any) -> None:
-    """Writes training rows: a word and its number, a few times over."""
+def make_rows(number: int, processing: Any) -> Iterator[Sample]:
+    """Training rows: a word and its number, a few times over."""
     rng, noise = random.Random(1), np.random.default_rng(1)
-    folder.mkdir()
-    with SplitWriter(folder / "train") as writer:
-        for row in range(number):
-            size = processing.target_size(rng.randint(40, 120), rng.randint(100, 400))
-            word = rng.choice(_WORDS)
-            answer = " ".join(f"{word} {len(word)}" for _ in range(rng.randint(3, 12)))
-            question = [{"type": "image"}, {"type": "text", "text": "Transcribe the text in the image."}]
-            messages = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-            ]
-            encoded = processing.encode(messages, [size])
-            sample = Sample(
-                id=None,
-                group=None,
-                messages=messages,
-                images=[noise.integers(0, 256, (*size, 3), dtype=np.uint8)],
-                input_ids=encoded.input_ids,
-                assistant_spans=encoded.assistant_spans,
-                num_visual_tokens=encoded.num_visual_tokens,
-                metadata={},
-            )
-            writer.add(f"row-{row}", sample)
-    counts = {"train": number, "validation": 0, "test": 0}
-    (folder / "summary.json").write_text(json.dumps({"num_rows": counts, "ledger": {}}))
+    for _ in range(number):
+        size = processing.target_size(rng.randint(40, 120), rng.randint(100, 400))
+        word = rng.choice(_WORDS)
+        answer = " ".join(f"{word} {len(word)}" for _ in range(rng.randint(3, 12)))
+        yield random_row(processing, size, answer, noise)
 
 
 def described(loaded: LoadedModel, folder: Path) -> LoadedModel:
@@ -136,7 +117,7 @@ class Bench:
         )
         self.loaded = described(loaded, root / "checkpoint")
         build_adapter(self.loaded, LoraConfig(rank=16, alpha=16), root / "initial")
-        write_rows(root / "dataset", options.steps * BATCH, loaded.processing)
+        write_prepared(root / "dataset", "train", make_rows(options.steps * BATCH, loaded.processing))
         self.training = TrainingConfig(
             max_steps=options.steps,
             batch_size=BATCH,

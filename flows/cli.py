@@ -105,11 +105,12 @@ def check(config: RunConfig) -> None:
     check_inputs(Session.open(config))
 
 
-def run(flow: Callable[[], dict[str, Any]]) -> int:
+def run(flow: Callable[[], dict[str, Any]], describe: Callable[[dict[str, Any]], str] | None = None) -> int:
     """Runs a flow and prints its last lines.
 
     Args:
         flow: Runs it in this process and gives its summary.
+        describe: The summary as lines of text; None for what runs with metrics and a report print.
 
     Returns:
         The exit status.
@@ -123,9 +124,11 @@ def run(flow: Callable[[], dict[str, Any]]) -> int:
         end(signal.SIGINT)
     except Exception as error:
         return complain(error, status=1)
-    from tasks.summary import format_summary
+    if describe is None:
+        from tasks.summary import format_summary
 
-    sys.stdout.write(format_summary(summary) + "\n")
+        describe = format_summary
+    sys.stdout.write(describe(summary) + "\n")
     return 0
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 
-from flows.cli import complain, end, quieten
+from flows.cli import complain, quieten, run
 from flows.settings import COMMAND_LINE, CommandLine, Parser, read_settings
 from tasks.graph import Json
 from vlm.config.pretrain import PretrainConfig
@@ -51,20 +50,24 @@ def main(arguments: list[str] | None = None) -> int:
         config, _ = parse(sys.argv[1:] if arguments is None else arguments)
     except Exception as error:
         return complain(error, status=2)
-    signal.signal(signal.SIGTERM, end)
+    return run(lambda: run_flow(config), describe)
+
+
+def run_flow(config: PretrainConfig) -> Json:
+    """Runs the flow in this process, quietly but for the pretraining's own lines.
+
+    Args:
+        config: All settings.
+
+    Returns:
+        The summary of the run.
+    """
     quieten()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("vlm.pretrain").setLevel(logging.INFO)
-    try:
-        from flows.pretrain_builtin import pretrain_builtin
+    from flows.pretrain_builtin import pretrain_builtin
 
-        summary = pretrain_builtin(config)
-    except KeyboardInterrupt:
-        end(signal.SIGINT)
-    except Exception as error:
-        return complain(error, status=1)
-    sys.stdout.write(describe(summary) + "\n")
-    return 0
+    return pretrain_builtin(config)
 
 
 def describe(summary: Json) -> str:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from artifacts.refs import ArtifactRef
-from tasks.graph import Json
+from tasks.graph import Json, export_unit
+from tasks.plan import HIT, plan_run
 from tasks.session import Session
 from tasks.step import finish, step
+from vlm.loading.source import local_folder
 
 
 @step
@@ -24,10 +26,19 @@ def load_model(session: Session) -> ArtifactRef:
 
     result = session.run("load_model", {}, build)
     checkpoint = result.outputs["checkpoint"]
-    if "gguf" in session.config.export.types:
-        from vlm.export.gguf.support import check_supported
-        from vlm.families import family_by_name
-
-        description = json.loads(session.store.read_text(checkpoint, "checkpoint.json"))
-        check_supported(family_by_name(description["family"]))
+    _check_exports(session, checkpoint)
     return finish(session, "load_model", checkpoint)
+
+
+def _check_exports(session: Session, checkpoint: ArtifactRef) -> None:
+    """Refuses GGUF files of a model that was no folder yet when the run's inputs were checked."""
+    if "gguf" not in session.config.export.types or local_folder(session.model) is not None:
+        return
+    if any(entry.unit == export_unit("gguf") and entry.status == HIT for entry in plan_run(session)):
+        return
+    from vlm.export.gguf.support import check_model
+    from vlm.families import family_by_name
+
+    folder = session.local(checkpoint)
+    description = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    check_model(family_by_name(description["family"]), folder / "model", folder / "processor")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from artifacts.keys import diff_documents, step_key
 from artifacts.refs import ArtifactRef
-from tasks.graph import Unit
+from tasks.graph import Unit, export_unit
 from tasks.session import Session
 from vlm.training.device import check_device
 
@@ -62,7 +62,10 @@ def plan_run(session: Session) -> Iterator[Planned]:
 
 
 def check_inputs(session: Session) -> None:
-    """Refuses a model or data that are not there, or lack a column, and a device that does not do, before a step runs.
+    """Refuses what cannot work before a step runs.
+
+    That is a model or data that are not there, or lack a column, a device that does not do, and exports that nobody can
+    make of the model, or cannot be sent where they should go.
 
     Args:
         session: The run.
@@ -72,17 +75,22 @@ def check_inputs(session: Session) -> None:
     """
     check_device(session.config.training, session.resolved.device)
     session.check_sources()
-    if "gguf" in session.config.export.types:
-        from vlm.export.gguf.support import check_supported
+    export = session.config.export
+    if export.types and export.destination is not None and export.destination.startswith("hf://"):
+        from vlm.export.hub import parse_address
+
+        parse_address(export.destination)
+    statuses = {entry.unit: entry.status for entry in plan_run(session)}
+    if statuses.get(export_unit("gguf"), HIT) != HIT:
+        from vlm.export.gguf.support import check_model
         from vlm.families import family_for_config
         from vlm.loading.source import local_folder
         from vlm.processing.files import read_json
 
         folder = local_folder(session.model)
-        if folder is not None:  # of a model on the Hub, the family shows after step 1
-            check_supported(family_for_config(read_json(folder / "config.json")))
-    prepared = next(entry for entry in plan_run(session) if entry.unit == "prepare_dataset")
-    if prepared.status != HIT:
+        if folder is not None:  # what is on the Hub, or made on the fly, is looked at after step 1
+            check_model(family_for_config(read_json(folder / "config.json")), folder, folder)
+    if statuses["prepare_dataset"] != HIT:
         from vlm.data.check import check_sources
 
         check_sources(session.config.data)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,55 @@ def test_a_whole_model_is_compared_with_the_base_model(
     for name, entry in summary["metrics"]["metrics"].items():
         assert entry["tuned"] == entry["base"] == first_run["metrics"]["metrics"][name]["base"]
         assert entry["difference"]["value"] == 0
+
+
+@pytest.mark.parametrize(("kind", "quantization"), [("merged_4bit", "nf4"), ("merged_8bit", "int8")])
+def test_a_quantised_export_answers_as_the_merged_model_quantised(
+    first_run: dict[str, Any], small_settings: dict[str, Any], tmp_path: Path, kind: Any, quantization: Any
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from vlm.config import GenerationConfig, ModelConfig
+    from vlm.export import export
+    from vlm.generate import generate_predictions
+    from vlm.loading.build import build_checkpoint
+    from vlm.loading.checkpoint import load_checkpoint
+
+    store = Session.open(RunConfig.model_validate(small_settings)).store
+    made = {name: store.materialize(digest) for name, digest in first_run["artifacts"].items()}
+    checkpoint, adapter = made["load_model.checkpoint"], tmp_path / "adapter"
+    shutil.copytree(made["train.adapter"], adapter, copy_function=shutil.copyfile)
+    # As if trained far enough to change answers.
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in sorted(tensors):
+        if "lora_B" in name:
+            tensors[name].normal_(0, 0.1, generator=generator)
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    for own in (kind, "merged_16bit"):
+        export(own, checkpoint, adapter, tmp_path / own, max_shard_size_mb=1000, device="cpu")
+
+    generation = {"max_new_tokens": 6, "max_rows": 3}
+
+    def answers(folder: Path) -> list[str]:
+        loaded, output = load_checkpoint(folder, device="cpu"), tmp_path / "answers"
+        generate_predictions(loaded, made["prepare_dataset.dataset"], GenerationConfig(**generation), output)
+        return predictions((output / "predictions.jsonl").read_text())
+
+    def predictions(lines: str) -> list[str]:
+        return [json.loads(line)["prediction"] for line in lines.splitlines()]
+
+    summary = evaluate(config_for(small_settings | {"generation": generation}, tmp_path / kind))
+    assert summary["subject"] == {"kind": "model", "name": kind}
+    (digest,) = (ref for name, ref in summary["artifacts"].items() if name.endswith(".predictions"))
+    found = predictions(store.read_text(digest, "predictions.jsonl"))
+    # The 16-bit export, quantised by transformers while it is loaded, has the same weights to the last bit, and so gives
+    # the same answers, which are not those of the untrained model.
+    model = ModelConfig(name=str(tmp_path / "merged_16bit"), quantization=quantization)
+    build_checkpoint(model, tmp_path / "quantised", device="cpu", dtype="float32")
+    assert found == answers(tmp_path / "quantised")
+    assert found != answers(checkpoint)
 
 
 def test_the_file_of_a_training_run_serves(tmp_path: Path) -> None:

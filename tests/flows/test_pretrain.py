@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from flows.pretrain_cli import describe, main, parse
+from tests.support.tiny_pretraining import smallest_settings
 from vlm.config.pretrain import PretrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -45,17 +45,7 @@ def test_the_flow_goes_on_and_finishes(prefect_server: None, tmp_path: Path, mon
     from flows.pretrain_builtin import pretrain_builtin
     from vlm.pretrain import train
 
-    settings: dict[str, Any] = {
-        "architecture": {"vision_layers": 2, "vision_width": 64, "language_layers": 1, "language_width": 128},
-        "num_steps": 2,
-        "positions_per_step": 1024,
-        "num_workers": 0,
-        "device": "cpu",
-        "rows_per_kind": 1,
-        "work_dir": str(tmp_path / "work"),
-        "output_dir": str(tmp_path / "model"),
-    }
-    config = PretrainConfig.model_validate(settings)
+    config = PretrainConfig.model_validate(smallest_settings(tmp_path) | {"num_steps": 2})
     with monkeypatch.context() as patch:
         patch.setattr(train, "_is_over", lambda *_: True)
         first = pretrain_builtin(config)

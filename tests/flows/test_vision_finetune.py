@@ -20,6 +20,7 @@ from tasks.session import Session
 from tasks.summary import format_summary
 from tests.flows.conftest import settings_on
 from vlm.config import RunConfig
+from vlm.errors import ExportError
 from vlm.export.gguf.support import llama_cpp_is_there
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -160,6 +161,29 @@ def test_a_model_that_cannot_be_exported_as_asked_is_refused_first(tmp_path: Pat
     assert done.returncode == 2
     assert "Llama 3.2 Vision cannot be written for llama.cpp" in done.stderr
     assert not list((tmp_path / "store").glob("objects/*/*"))
+
+
+def test_what_the_model_says_of_its_exports_counts_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.cli import main
+    from tests.support.tiny_models import make_tiny_checkpoint
+
+    # Of a family that llama.cpp runs, but with other windows.
+    model = make_tiny_checkpoint("qwen2_5_vl", tmp_path / "model")
+    settings = ["--model.name", str(model), "--runtime.store", str(tmp_path / "store"), "--tracking.enabled", "false"]
+    assert main([*settings, "--export.types", "gguf"]) == 2
+    assert "window_size 56 and llama.cpp computes with 112" in capsys.readouterr().err
+    # An address to which no export can go.
+    assert main([*settings, "--export.destination", "hf://user"]) == 2
+    assert "'hf://user' is no repository of models" in capsys.readouterr().err
+    assert not list((tmp_path / "store").glob("objects/*/*"))
+    # Of a model on the Hub nothing is known before step 1.
+    monkeypatch.setattr("flows.vision_finetune.check_inputs", lambda session: None)
+    monkeypatch.setattr("tasks.load_model.local_folder", lambda model: None)
+    config = {"model": {"name": str(model)}, "export": {"types": ["gguf"]}, "tracking": {"enabled": False}}
+    with pytest.raises(ExportError, match="window_size 56"):
+        vision_finetune(RunConfig.model_validate(config | {"runtime": {"store": str(tmp_path / "store")}}))
 
 
 def test_rerun_from_forces_a_step_and_all_after_it(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:

@@ -65,8 +65,9 @@ class TrainingConfig(Section):
     activation_memory: Literal["auto", "keep", "recompute", "offload"] = Field(
         "auto",
         description="What happens to a layer's activations until its backward pass: 'keep' is fastest; 'recompute' makes them"
-        " again, for half as much time again; 'offload' also moves what is left to the host's memory, on a GPU. 'auto'"
-        " recomputes as few layers as the GPU's memory asks for, and all of them on a CPU.",
+        " again, for half as much time again; 'offload' also moves what is left to the host's memory, on a GPU, and with it an"
+        " input embedding that does not learn and is not the head's, too. 'auto' moves that embedding first, then recomputes"
+        " as few layers as the GPU's memory asks for, and all of them on a CPU.",
     )
     fused_kernels: bool = Field(
         True,

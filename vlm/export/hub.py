@@ -19,6 +19,26 @@ _ADDRESS = re.compile(r"hf://(?:models/)?([\w.-]+/[\w.-]+)(?:/(.+?))?/*")
 _OTHER_KINDS = ("hf://datasets/", "hf://spaces/", "hf://buckets/")
 
 
+def parse_address(address: str) -> tuple[str, str]:
+    """Repository and folder that an address means.
+
+    Args:
+        address: ``hf://user/name`` or ``hf://user/name/folder``.
+
+    Returns:
+        Name of the repository, and what stands before each file's name: empty, or a path that ends in a slash.
+
+    Raises:
+        ExportError: The address is no repository of models.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None or address.startswith(_OTHER_KINDS):
+        raise ExportError(
+            f"export.destination {address!r} is no repository of models; give hf://user/name, or hf://user/name/folder"
+        )
+    return match[1], f"{match[2]}/" if match[2] else ""
+
+
 def upload_export(folder: Callable[[], Path], address: str, marker: Mapping[str, Any], marker_name: str) -> None:
     """Commits the files of an export, unless they are there already.
 
@@ -31,12 +51,7 @@ def upload_export(folder: Callable[[], Path], address: str, marker: Mapping[str,
     Raises:
         ExportError: The address is no repository of models, or the Hub cannot be reached or refuses.
     """
-    match = _ADDRESS.fullmatch(address)
-    if match is None or address.startswith(_OTHER_KINDS):
-        raise ExportError(
-            f"export.destination {address!r} is no repository of models; give hf://user/name, or hf://user/name/folder"
-        )
-    repository, prefix = match[1], f"{match[2]}/" if match[2] else ""
+    repository, prefix = parse_address(address)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     with hub_errors(repository):

@@ -135,40 +135,40 @@ class MergedModel:
         key_of = stored_names(self.bare)
         merged: set[str] = set()
         replaced: set[str] = set()
-        with StoredWeights(self._model_dir, self.device, stored_scales(self.bare)) as weights:
-            keys = set(weights.keys())
-            unknown = sorted(keys - set(key_of.values()))
-            if unknown:
-                raise ExportError(
-                    f"the checkpoint stores {unknown[0]!r} ({len(unknown)} such keys), for which the model has no parameter;"
-                    " load the model again with the installed transformers"
-                )
-            source_of = {name: name for name, key in key_of.items() if key in keys}
-            for name, others in self._untied.items():
-                # Were tied to this weight; one of them has been trained, so all are written.
-                source_of.update(dict.fromkeys(others, name))
-            groups = [group for group in hub_groups(self.bare) if any(name in source_of for name in group)]
-            placed = {name for group in groups for name in group}
-            missing = sorted(
-                {name for name in self._factors if not {name, f"{name}.weight"} & placed} | (set(self._whole) - placed)
+        weights = StoredWeights(self._model_dir, self.device, stored_scales(self.bare))
+        keys = set(weights.keys())
+        unknown = sorted(keys - set(key_of.values()))
+        if unknown:
+            raise ExportError(
+                f"the checkpoint stores {unknown[0]!r} ({len(unknown)} such keys), for which the model has no parameter;"
+                " load the model again with the installed transformers"
             )
-            if missing:
-                raise ExportError(
-                    f"{len(self._factors) - len(set(missing) & set(self._factors))} of {len(self._factors)} adapted modules were merged;"
-                    f" {missing[0]!r} has no weight in the checkpoint. Export with the base model that the adapter was"
-                    " trained on"
-                )
-            for group in progress.track(groups, "merging", len(groups), "weight"):
-                tensors = {}
-                for name in group:
-                    if name in self._whole:
-                        replaced.add(name)
-                        tensors[name] = self._whole[name]
-                    else:
-                        tensors[name] = weights.read(key_of[source_of[name]])
-                images = self._merge(tensors)
-                merged.update(_target_of(name) for name in group if _target_of(name) in self._factors)
-                yield MergedGroup(tensors, images)
+        source_of = {name: name for name, key in key_of.items() if key in keys}
+        for name, others in self._untied.items():
+            # Were tied to this weight; one of them has been trained, so all are written.
+            source_of.update(dict.fromkeys(others, name))
+        groups = [group for group in hub_groups(self.bare) if any(name in source_of for name in group)]
+        placed = {name for group in groups for name in group}
+        missing = sorted(
+            {name for name in self._factors if not {name, f"{name}.weight"} & placed} | (set(self._whole) - placed)
+        )
+        if missing:
+            raise ExportError(
+                f"{len(self._factors) - len(set(missing) & set(self._factors))} of {len(self._factors)} adapted modules were merged;"
+                f" {missing[0]!r} has no weight in the checkpoint. Export with the base model that the adapter was"
+                " trained on"
+            )
+        for group in progress.track(groups, "merging", len(groups), "weight"):
+            tensors = {}
+            for name in group:
+                if name in self._whole:
+                    replaced.add(name)
+                    tensors[name] = self._whole[name]
+                else:
+                    tensors[name] = weights.read(key_of[source_of[name]])
+            images = self._merge(tensors)
+            merged.update(_target_of(name) for name in group if _target_of(name) in self._factors)
+            yield MergedGroup(tensors, images)
         assert merged == set(self._factors)
         assert replaced == set(self._whole)
 

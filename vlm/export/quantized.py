@@ -104,16 +104,14 @@ def export_quantized(
     placed = writer.finish()
     key_of = stored_names(merged.bare)
     expected = {key for name, key in key_of.items() if not (merged.tied and name == merged.head_name)}
-    with StoredWeights(output_dir, device, stored_scales(merged.bare)) as weights:
-        check_keys({key: placed[key] for key in weights.keys()}, expected)  # noqa: SIM118, no mapping
-        for name, image in images.items():
-            weight = weights.read(key_of[name])
-            found = (weight.float() @ probe(weight.shape[-1], device)).cpu()
-            # The same numbers through the same sum, but for the last bits of float32.
-            if not float((found - image).abs().max()) <= 1e-4 * float(weight.float().norm(dim=-1).max()):
-                raise ExportError(
-                    f"the weight {key_of[name]!r} reads differently from how it was written; check the disk"
-                )
+    weights = StoredWeights(output_dir, device, stored_scales(merged.bare))
+    check_keys({key: placed[key] for key in weights.keys()}, expected)  # noqa: SIM118, no mapping
+    for name, image in images.items():
+        weight = weights.read(key_of[name])
+        found = (weight.float() @ probe(weight.shape[-1], device)).cpu()
+        # The same numbers through the same sum, but for the last bits of float32.
+        if not float((found - image).abs().max()) <= 1e-4 * float(weight.float().norm(dim=-1).max()):
+            raise ExportError(f"the weight {key_of[name]!r} reads differently from how it was written; check the disk")
     config = quantization_config(settings, skipped, merged.dtype)
     assert config is not None
     merged.write_surroundings(output_dir, f"merged_{bits}bit", quantization=config.to_dict(), metrics=metrics)

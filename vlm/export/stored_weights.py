@@ -59,31 +59,30 @@ def stored_scales(model: PreTrainedModel) -> dict[str, str]:
 
 
 class StoredWeights:
-    """The weights of a checkpoint folder; a context manager that keeps its files open.
+    """The weights of a checkpoint folder.
+
+    A file is mapped anew for each weight: the pages that were read count as the process's memory for as long as the
+    mapping stays, and with one mapping for all weights that would be the whole checkpoint at the end.
 
     Args:
         model_dir: Folder with safetensors files.
         device: ``cpu`` or ``cuda``, where weights are dequantised.
         scale_keys: Where `stored_scales` finds 8-bit weights' scales.
+
+    Raises:
+        ExportError: The folder has no weights.
     """
 
     def __init__(self, model_dir: Path, device: str, scale_keys: Mapping[str, str]) -> None:
         self._model_dir = model_dir
         self._device = device
         self._scale_keys = scale_keys
-        self._files: dict[str, Any] = {}
-
-    def __enter__(self) -> StoredWeights:
-        for path in sorted(self._model_dir.glob("*.safetensors")):
-            handle = safe_open(path, framework="pt", device="cpu")
-            for key in handle.keys():  # noqa: SIM118, a file, not a dict
-                self._files[key] = handle
+        self._files: dict[str, Path] = {}
+        for path in sorted(model_dir.glob("*.safetensors")):
+            with safe_open(path, framework="pt", device="cpu") as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
         if not self._files:
-            raise ExportError(f"{self._model_dir} has no safetensors files; load the model again")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._files.clear()
+            raise ExportError(f"{model_dir} has no safetensors files; load the model again")
 
     def keys(self) -> Iterator[str]:
         """Keys of the weights themselves, sorted, without what belongs to their quantisation."""
@@ -103,7 +102,7 @@ class StoredWeights:
         Returns:
             A tensor on the device, in its logical shape.
         """
-        tensor = self._files[key].get_tensor(key).to(self._device)
+        tensor = self._stored(key).to(self._device)
         mark = (
             next((other for other in self._files if other.startswith(key + _NF4_MARK)), None)
             if tensor.dtype == torch.uint8
@@ -117,16 +116,21 @@ class StoredWeights:
                 raise ExportError(
                     f"{self._model_dir} stores {key!r} in 8 bits without its scales; load the model again"
                 )
-            row_maximum = self._files[scale_key].get_tensor(scale_key).to(self._device, torch.float32)
+            row_maximum = self._stored(scale_key).to(self._device, torch.float32)
             # LLM.int8() stores each row as 127 · weight / (the row's largest absolute value).
             return tensor.to(torch.float32) * (row_maximum / 127)[:, None]
+        return tensor
+
+    def _stored(self, key: str) -> torch.Tensor:
+        with safe_open(self._files[key], framework="pt", device="cpu") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
         return tensor
 
     def _dequantize_nf4(self, key: str, mark: str, packed: torch.Tensor) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         parts = {
-            other.removeprefix(f"{key}."): self._files[other].get_tensor(other)
+            other.removeprefix(f"{key}."): self._stored(other)
             for other in (mark, *(key + part for part in _NF4_PARTS))
             if other in self._files
         }

@@ -9,7 +9,9 @@ and K that of its keys (Q is H):
 - without: about ``12 H + 6.5 I``, float32 copies of inputs included. Checked against one measurement: Qwen2.5-VL-7B in
   NF4, 12,288 tokens in one row, 13.5 GiB with and 112 GiB without recomputation.
 
-A recomputed layer keeps its input, and is whole again while its backward pass runs.
+A recomputed layer keeps its input, and is whole again while its backward pass runs. Layers that are CUDA graphs
+(`vlm.training.capture`) work on padded rows; their inputs and the last one's output lie at fixed addresses, with two more for
+gradients, and stay there while the other tower is at work.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 from vlm.families import Family
 from vlm.kernels.limits import HEAD_CHUNK_BYTES, HEAD_COPIES
-from vlm.training.activation import LAUNCH_BOUND_OPERATIONS, ActivationPlan
+from vlm.training.activation import LAUNCH_BOUND_OPERATIONS, ActivationPlan, rounded
 
 _HIDDEN_UNITS, _INTERMEDIATE_UNITS = 12.0, 6.5
 # While a fused layer runs backward: gradients as wide as its feed-forward block (of gate and up; of a plain block before and
@@ -32,6 +34,11 @@ _UNFUSED_TEMPORARIES = 0.4
 _OUTSIDE_HIDDEN_UNITS = 5.0
 # Inputs on their way to the host's memory or back.
 _OFFLOADS_IN_FLIGHT = 2
+# Fixed addresses of a captured tower beside its layers' inputs: the last output, and gradients in two places in turn.
+_MORE_SLOTS = 3
+# PyTorch gives each thread that multiplies matrices (one forward, one backward) such a workspace on each stream that it does
+# so on; graphs of each tower are recorded on one more. This is its size on cards since Hopper; older ones take a quarter.
+_WORKSPACE_BYTES, _THREADS = 32 * 2**20, 2
 # The share of the activation estimate that no run has been seen to stay under.
 _CERTAIN_SHARE = 0.7
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}
@@ -115,14 +122,26 @@ class Tower:
         if not trained:
             return 0.0, unit * (layer + _OUTSIDE_HIDDEN_UNITS * self.hidden)
         waiting = num_kept * layer
-        if captured and 4.0 * length_tokens * self.layer_weights < LAUNCH_BOUND_OPERATIONS:
-            # Outputs of such layers lie at fixed addresses, too.
-            waiting += num_kept * self.hidden
+        slots = self.slot_bytes(length_tokens, value_bytes) if captured else 0.0
+        if slots:
+            unit = rounded(length_tokens) * value_bytes
         working = self.working_values(fused=fused) + _OUTSIDE_HIDDEN_UNITS * self.hidden
         if num_recomputed:
-            waiting += (min(num_recomputed, _OFFLOADS_IN_FLIGHT) if offload else num_recomputed) * self.hidden
             working += layer
-        return unit * waiting, unit * working
+            if not slots:
+                waiting += (min(num_recomputed, _OFFLOADS_IN_FLIGHT) if offload else num_recomputed) * self.hidden
+        return unit * waiting + slots, unit * working
+
+    def slot_bytes(self, length_tokens: int, value_bytes: int) -> float:
+        """Bytes at fixed addresses where layers may be replayed as CUDA graphs; 0 where a row is too long for that.
+
+        Args:
+            length_tokens: As above.
+            value_bytes: As above.
+        """
+        if not 0 < 4.0 * length_tokens * self.layer_weights < LAUNCH_BOUND_OPERATIONS:
+            return 0.0
+        return float((self.num_layers + _MORE_SLOTS) * self.hidden * rounded(length_tokens) * value_bytes)
 
 
 @dataclass(frozen=True)
@@ -130,7 +149,7 @@ class MemoryEstimate:
     """Bytes on the device at the peak of the costliest step."""
 
     weights_bytes: int
-    """The checkpoint as stored."""
+    """The checkpoint as stored, without what lies in the host's memory."""
     adapter_bytes: int
     """Adapter weights, their gradients and the optimiser's state."""
     activations_bytes: int
@@ -139,11 +158,13 @@ class MemoryEstimate:
     """The language-model head over one chunk of supervised tokens."""
     dense_bytes: int
     """Weights of the widest product, which are made or put together while it runs."""
+    workspace_bytes: int
+    """Workspaces of the matrix library."""
 
     @property
     def expected_bytes(self) -> int:
         """What the step probably needs."""
-        fixed = self.weights_bytes + self.adapter_bytes + self.logits_bytes + self.dense_bytes
+        fixed = self.weights_bytes + self.adapter_bytes + self.logits_bytes + self.dense_bytes + self.workspace_bytes
         return fixed + self.activations_bytes
 
     @property
@@ -207,6 +228,7 @@ def estimate_memory(
     optimizer: str,
     captured: bool = False,
     patches_per_token: int | None = None,
+    on_gpu: bool = True,
 ) -> MemoryEstimate:
     """Estimates one step.
 
@@ -219,11 +241,12 @@ def estimate_memory(
         length_tokens: Padded tokens of the micro-batch.
         num_visual_tokens: Visual tokens in it.
         value_bytes: Bytes of one activation.
-        activations: Which layers are recomputed.
+        activations: Which layers are recomputed, and what lies in the host's memory.
         fused: Whether the fused pieces are used.
         optimizer: ``adamw`` or ``adamw_8bit``.
         captured: Whether layers of small steps are replayed as CUDA graphs.
         patches_per_token: Patches behind one visual token, where the configuration does not tell.
+        on_gpu: Whether products run on a GPU, whose library has workspaces.
 
     Returns:
         The parts of the estimate.
@@ -247,13 +270,17 @@ def estimate_memory(
         fused=fused,
         captured=captured,
     )
+    # Slots of one tower stay while the other runs backward, whose turn comes last.
+    slots = language.slot_bytes(length_tokens, value_bytes) if captured else 0.0
     vocabulary = int((config.get("text_config") or config).get("vocab_size") or config.get("vocab_size") or 0)
     return MemoryEstimate(
-        weights_bytes=weights_bytes,
+        weights_bytes=weights_bytes
+        - (vocabulary * language.hidden * value_bytes if activations.embedding_on_host else 0),
         adapter_bytes=int(num_trainable * (4 + 4 + _OPTIMIZER_BYTES[optimizer])),
         # The backward pass is through with the language model when it comes to the vision tower.
-        activations_bytes=int(vision_waits + max(language_waits + language_works, vision_works)),
+        activations_bytes=int(vision_waits + max(language_waits + language_works, slots + vision_works)),
         # The fused block of gate and up is one product.
         dense_bytes=value_bytes * language.hidden * language.intermediate * (2 if fused and language.gated else 1),
+        workspace_bytes=_WORKSPACE_BYTES * _THREADS * (3 if captured else 1) if on_gpu else 0,
         logits_bytes=int(HEAD_COPIES * min(length_tokens * vocabulary * 4, HEAD_CHUNK_BYTES)),
     )

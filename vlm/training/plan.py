@@ -36,6 +36,8 @@ _CUDA_CONTEXT_BYTES = 700_000_000
 _USED_SHARE = 0.9
 # A pack of so many tokens keeps a GPU busy: several smaller packs cost less than recomputing layers of one large one.
 _EFFICIENT_PACK_TOKENS = 4096
+# One more than a size that CUDA graphs are made for: where padding up to the next one costs most.
+_COUNTED_TOKENS = 1025
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -78,7 +80,7 @@ class PlanSummary(Summary):
     worst_sample: dict[str, Any]
     """The costliest row: `id`, `num_tokens`, `num_visual_tokens`, `image_sizes` as [height, width], for videos [frames, height, width]."""
     activations: dict[str, Any]
-    """The fields of an `ActivationPlan`: which layers are recomputed."""
+    """The fields of an `ActivationPlan`: which layers are recomputed, and what lies in the host's memory."""
     memory: dict[str, int]
     """Bytes by part, `expected_bytes` and `at_least_bytes`, for the costliest micro-batch."""
     device_memory_bytes: int | None
@@ -154,12 +156,15 @@ def make_plan(
             optimizer=optimizer,
             captured=device == "cuda" and training.cuda_graphs,
             patches_per_token=family.patches_per_token(config) if family.patches_per_token else None,
+            on_gpu=device == "cuda",
         )
 
     # Two numbers give a bound of the cost of any row or micro-batch: what waits is linear in both counts, and of what works
     # in language model and vision tower the larger counts.
     def activation_costs(activations: ActivationPlan) -> tuple[int, int]:
-        text, image = (estimate(*counts, activations).activations_bytes for counts in ((1, 0), (0, 1)))
+        bounds = (estimate(*counts, activations) for counts in ((_COUNTED_TOKENS, 0), (0, _COUNTED_TOKENS)))
+        # Whole numbers, whose sums are the same in any order.
+        text, image = (math.ceil(bound.activations_bytes / _COUNTED_TOKENS) for bound in bounds)
         return text, image
 
     text_cost, visual_cost = activation_costs(ActivationPlan(0, 0))
@@ -184,6 +189,7 @@ def make_plan(
         num_language_layers=language.num_layers,
         expected_bytes=lambda plan: estimate(*largest, plan).expected_bytes,
         device_memory_bytes=None if device_memory is None else device_memory - _CUDA_CONTEXT_BYTES,
+        embedding_can_move=_embedding_can_move(config, adapter),
     )
     if packing:
         text_cost, visual_cost = activation_costs(activations)
@@ -320,6 +326,16 @@ def _write_batches(batches: Sequence[tuple[int, npt.NDArray[np.int64]]], path: P
 def _trained_parts(adapter: dict[str, Any], family: Family) -> set[str | None]:
     """Parts in which something learns, by an adapter's ``targets.json``."""
     return {*adapter["num_targets_by_part"], *(family.part_of(name) for name in adapter["modules_to_save"])}
+
+
+def _embedding_can_move(config: dict[str, Any], adapter: dict[str, Any]) -> bool:
+    """Whether the input embedding is frozen and not the head's, too. Full fine-tuning holds on to all weights."""
+    text = config.get("text_config") or config
+    # Which of the two says so depends on the family; the default where neither does is a shared one.
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", True))
+    adapted = [target["name"] for target in adapter["targets"]]
+    touched = any("embed_tokens" in name for name in (*adapted, *adapter["modules_to_save"]))
+    return not (tied or touched or adapter.get("full_finetuning"))
 
 
 def _device_memory_bytes(device: str) -> int | None:

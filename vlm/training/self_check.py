@@ -26,7 +26,13 @@ _LENGTHS = (5, 33, 1, 90)
 
 
 def check_kernels(
-    training: TrainingConfig, *, device: str, dtype: torch.dtype, packing: bool, quantized: bool
+    training: TrainingConfig,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    packing: bool,
+    quantized: bool,
+    embedding_on_host: bool = False,
 ) -> list[str]:
     """Compares.
 
@@ -36,6 +42,7 @@ def check_kernels(
         dtype: Of its computation.
         packing: Whether rows are packed.
         quantized: Whether the base is stored in NF4.
+        embedding_on_host: Whether the input embedding lies in the host's memory.
 
     Returns:
         Names of what was compared.
@@ -45,13 +52,15 @@ def check_kernels(
     """
     checks: list[tuple[str, str, Callable[[str, torch.dtype], Forms]]] = []
     if training.fused_kernels:
-        checks += [("fused_kernels", name, check) for name, check in _PIECES.items()]
+        checks += [("fused_kernels to false", name, check) for name, check in _PIECES.items()]
         if quantized:
-            checks.append(("fused_kernels", "NF4 dequantisation", _dequantization))
+            checks.append(("fused_kernels to false", "NF4 dequantisation", _dequantization))
     if packing:
-        checks.append(("packing", "packed attention", _attention))
+        checks.append(("packing to false", "packed attention", _attention))
+    if embedding_on_host:
+        checks.append(("activation_memory to 'recompute'", "embedding in host memory", _host_embedding))
     done = []
-    for setting, name, check in checks:
+    for remedy, name, check in checks:
         found, expected = check(device, dtype)
         for part, tensor in expected.items():
             error = _distance(found[part], tensor)
@@ -59,7 +68,7 @@ def check_kernels(
                 raise ResourceError(
                     f"{name} ({part}) gives results on {_device_name(device)} with torch {torch.__version__} that are"
                     f" {error:.2g} away from its plain form, where rounding allows {_ALLOWED[dtype]:.2g}; set"
-                    f" training.{setting} to false, and report this"
+                    f" training.{remedy}, and report this"
                 )
         done.append(name)
     return done
@@ -186,6 +195,18 @@ def _dequantization(device: str, dtype: torch.dtype) -> Forms:
         "weight": expected,
         "bordered": expected,
     }
+
+
+def _host_embedding(device: str, dtype: torch.dtype) -> Forms:
+    from vlm.kernels.host_embedding import copy_on_host, host_embedding, host_embedding_eager, unpin
+
+    table = _numbers(device, dtype)(37, 2500)
+    ids = torch.tensor([[36, 0, 5], [5, 35, 36]], device=device)
+    host = copy_on_host(table)
+    try:
+        return {"rows": host_embedding(ids, host)}, {"rows": host_embedding_eager(ids, table)}
+    finally:
+        unpin(host)
 
 
 def _attention(device: str, dtype: torch.dtype) -> Forms:

@@ -92,7 +92,14 @@ def train_adapter(
 
         quantized = bool(getattr(loaded.model, "is_loaded_in_4bit", False))
         dtype = getattr(torch, plan.dtype)
-        check_kernels(training, device=loaded.device, dtype=dtype, packing=bool(plan.packing), quantized=quantized)
+        check_kernels(
+            training,
+            device=loaded.device,
+            dtype=dtype,
+            packing=bool(plan.packing),
+            quantized=quantized,
+            embedding_on_host=ActivationPlan(**plan.activations).embedding_on_host,
+        )
     started = time.perf_counter()
     work_dir.mkdir(parents=True, exist_ok=True)
     generation, evaluation = generation or GenerationConfig(), evaluation or EvaluationConfig()
@@ -194,6 +201,7 @@ def _trainer(
     import datasets
 
     from vlm.data.prepared import PreparedDataset
+    from vlm.kernels.host_embedding import embedding_on_host
     from vlm.kernels.install import fused
     from vlm.training.arguments import training_arguments
     from vlm.training.best import KeepBest
@@ -232,6 +240,8 @@ def _trainer(
     batches = datasets.Dataset.from_file(str(plan_dir / BATCHES_FILE))
     lengths = np.asarray(rows.num_tokens)
     activations = ActivationPlan(**plan.activations)
+    if activations.embedding_on_host:
+        stack.enter_context(embedding_on_host(base))
     stacks = None
     if training.cuda_graphs:
         patches = towers(base.config.to_dict(), loaded.family)[2] * np.asarray(rows.num_visual_tokens)

@@ -19,10 +19,12 @@ from tests.vlm.export.test_export import PLAIN, make_adapter, make_fully_trained
 from vlm.config import LoraConfig
 from vlm.errors import ExportError
 from vlm.export.gguf.metadata import pre_tokenizer
+from vlm.export.gguf.support import check_model, check_supported
 from vlm.families import FAMILIES
 from vlm.families.gguf import qwen_metadata
 
 MODELS = ("qwen2_vl", "builtin", "pixtral", "mistral3")
+WINDOW = r"window_size 56 and llama\.cpp computes with 112"
 REFUSED = [name for name, family in FAMILIES.items() if family.gguf is None]
 
 
@@ -63,7 +65,7 @@ def test_the_language_model_is_the_merged_one(
     if family.gguf.architecture == "qwen2vl":
         # transformers reads no qwen2vl files; on text alone, it is qwen2.
         layout = dataclasses.replace(family.gguf, architecture="qwen2")
-        monkeypatch.setattr("vlm.export.gguf.write.check_supported", lambda family: layout)
+        monkeypatch.setattr("vlm.export.gguf.design.check_supported", lambda family: layout)
         run = gguf_run(name)
         run_export("gguf", run, make_adapter(run, tmp_path / "adapter", PLAIN), tmp_path / "out", gguf_type="f16")
         folder = tmp_path / "out"
@@ -240,8 +242,17 @@ def test_families_that_llama_cpp_does_not_run_are_refused(tiny_run: Callable, tm
 def test_settings_that_llama_cpp_has_built_in_otherwise_are_refused(tiny_run: Callable, tmp_path: Path) -> None:
     run = tiny_run("qwen2_5_vl")
     adapter = make_adapter(run, tmp_path / "adapter", PLAIN)
-    with pytest.raises(ExportError, match=r"window_size 56 and llama\.cpp computes with 112"):
+    with pytest.raises(ExportError, match=WINDOW):
         run_export("gguf", run, adapter, tmp_path / "out")
+    # And without an adapter, before there is one.
+    with pytest.raises(ExportError, match=WINDOW):
+        check_model(run.loaded.family, run.checkpoint_dir / "model", run.checkpoint_dir / "processor")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_can_be_written_pass_the_check(gguf_run: Callable, name: str) -> None:
+    run = gguf_run(name)
+    check_model(run.loaded.family, run.checkpoint_dir / "model", run.checkpoint_dir / "processor")
 
 
 def test_the_rule_for_words_is_the_tokenizers_own(gguf_run: Callable) -> None:
@@ -287,8 +298,6 @@ def test_towers_that_llama_cpp_would_compute_otherwise_are_refused(changed: dict
 
 
 def test_a_missing_package_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm.export.gguf.support import check_supported
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"pip install 'vision-finetune\[gguf\]'"):
         check_supported(FAMILIES["qwen2_vl"])

@@ -64,7 +64,7 @@ def test_files_that_llama_cpp_reads_otherwise_are_noticed(
     from vlm.families import FAMILIES
 
     layout = dataclasses.replace(FAMILIES["pixtral"].gguf, **changed)
-    monkeypatch.setattr("vlm.export.gguf.write.check_supported", lambda family: layout)
+    monkeypatch.setattr("vlm.export.gguf.design.check_supported", lambda family: layout)
     with pytest.raises(ExportError, match=message):
         gate("pixtral", "f16")
 

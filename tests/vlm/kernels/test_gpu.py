@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 from tests.support.tiny_models import make_tiny_checkpoint
 from tests.support.tiny_runs import batch_of, mixed_rows, write_dataset
@@ -105,7 +106,7 @@ def test_whole_models_in_bfloat16(tmp_path: Path, model_type: str) -> None:
     loaded = load_checkpoint(tmp_path / "checkpoint", device="cuda")
     dataset = write_dataset(tmp_path / "dataset", loaded.processing, {"train": mixed_rows(4)})
     build_adapter(loaded, LoraConfig(rank=8), tmp_path / "adapter")
-    batch = {name: tensor.cuda() for name, tensor in batch_of(loaded, dataset, "train", [0, 1, 2]).items()}
+    batch = send_to_device(batch_of(loaded, dataset, "train", [0, 1, 2]), "cuda")
     everything, offloaded = ActivationPlan(None, None), ActivationPlan(None, None, offload=True)
     settings: dict[str, tuple[tuple[str, ...] | None, ActivationPlan]] = {
         "eager": (None, ActivationPlan(0, 0)),

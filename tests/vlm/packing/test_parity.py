@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.packing_rows import cut, packing_collator, packing_rows, summed_loss
+from tests.support.rerun import Rerun
 from vlm.config import LoraConfig
 from vlm.data.prepared import PreparedRow
 from vlm.families import FAMILIES
@@ -17,7 +18,7 @@ from vlm.lora.build import build_adapter
 from vlm.lora.peft_model import base_model
 from vlm.packing.model import packed
 from vlm.training.activation import ActivationPlan
-from vlm.training.capture import Rerun, Stack
+from vlm.training.capture import Stack
 from vlm.training.recompute import recomputed
 
 PACKABLE = [model_type for model_type, family in FAMILIES.items() if family.packing is not None]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.vlm.pretrain.conftest import SMALLEST
+from tests.support.tiny_pretraining import SMALLEST
 from vlm.config.pretrain import ArchitectureConfig, CurriculumConfig, PretrainConfig
 from vlm.families.pixels import finished
 from vlm.pretrain.batch import model_inputs, to_device

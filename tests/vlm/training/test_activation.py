@@ -24,13 +24,14 @@ from vlm.training.memory import Tower, towers
 from vlm.training.recompute import recomputed
 
 
-def choose(mode: Any, memory: int | None, *, num_vision_layers: int = 4) -> ActivationPlan:
+def choose(mode: Any, memory: int | None, *, num_vision_layers: int = 4, embedding_bytes: int = 0) -> ActivationPlan:
     """With ten tokens of vision and of language, one byte a value."""
     vision, language = Tower(4, 8, 16, 8), Tower(6, 16, 64, 16)
 
     def expected(plan: ActivationPlan) -> int:
         parts = ((vision, plan.recomputed_vision), (language, plan.recomputed_language))
-        return int(sum(sum(t.activation_bytes(10, 1, num_recomputed=n, offload=plan.offload)) for t, n in parts))
+        layers = sum(sum(t.activation_bytes(10, 1, num_recomputed=n, offload=plan.offload)) for t, n in parts)
+        return int(layers) + (0 if plan.embedding_on_host else embedding_bytes)
 
     seen[:] = [
         expected(ActivationPlan(0, 0)),
@@ -43,6 +44,7 @@ def choose(mode: Any, memory: int | None, *, num_vision_layers: int = 4) -> Acti
         num_language_layers=6,
         expected_bytes=expected,
         device_memory_bytes=memory,
+        embedding_can_move=embedding_bytes > 0,
     )
     seen.append(expected(plan))
     return plan
@@ -78,6 +80,22 @@ def test_auto_recomputes_as_little_as_fits() -> None:
     # The vision tower goes first, and there is a middle way.
     assert any(plan.recomputed_vision is None and plan.recomputed_language in range(1, 6) for plan in plans)
     assert all(plan.recomputed_vision is None for plan in plans if plan.recomputed_language != 0)
+
+
+def test_the_embedding_moves_before_anything_is_recomputed() -> None:
+    own = {"embedding_bytes": 1000}
+    assert choose("keep", 1, **own) == ActivationPlan(0, 0)
+    keep, recompute = seen[:2]
+    assert choose("recompute", 10**9, **own) == ActivationPlan(None, None)
+    assert choose("offload", 10**9, **own) == ActivationPlan(None, None, offload=True, embedding_on_host=True)
+    assert choose("auto", None, **own) == ActivationPlan(None, None)
+    assert choose("auto", 2 * keep, **own) == ActivationPlan(0, 0)
+    assert choose("auto", int(keep / 0.9) - 1, **own) == ActivationPlan(0, 0, embedding_on_host=True)
+    less = choose("auto", int((keep - 1100) / 0.9), **own)
+    assert less.embedding_on_host
+    assert less.recomputed_vision != 0
+    assert choose("auto", int((recompute - 999) / 0.9), **own).embedding_on_host
+    assert choose("auto", 1, **own) == ActivationPlan(None, None, offload=True, embedding_on_host=True)
 
 
 def test_the_older_name() -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.rerun import Rerun
 from vlm.packing.attention import Segments, ends_of
-from vlm.training.capture import CapturedLayer, Rerun, Stack
-from vlm.training.capture.inputs import rounded
+from vlm.training.activation import rounded
+from vlm.training.capture import CapturedLayer, Stack
 from vlm.training.capture.stack import Shape
 
 WIDTH = 8
@@ -183,3 +184,25 @@ def test_a_pass_that_was_broken_off_is_captured_anew() -> None:
     before: Shape = next(iter(stack._shapes.values()))
     tower.check(50)
     assert next(iter(stack._shapes.values())) is not before
+
+
+def test_passes_that_use_other_parameters_add_up() -> None:
+    class Optional(Layer):
+        def forward(self, hidden_states: Tensor, shifted: bool = False) -> Tensor:
+            return super().forward(hidden_states) + (self.idle.sum() if shifted else 0)
+
+    layer, x = Optional(), torch.randn(1, 50, WIDTH)
+    captured = CapturedLayer(Stack(Rerun), layer, layer.forward, layer.forward, recompute=True)
+
+    def gradients(call: Any) -> list[Tensor]:
+        # The second pass uses a parameter more.
+        for row, shifted in ((x, False), (2 * x, True)):
+            call(row, shifted=shifted).square().sum().backward()
+        found = [own.grad.clone() for own in layer.parameters() if own.grad is not None]
+        layer.zero_grad(set_to_none=True)
+        return found
+
+    for _ in range(2):
+        for found, expected in zip(gradients(captured), gradients(layer), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert captured.stack.num_replays == 4

@@ -19,6 +19,8 @@ def test_what_is_used_is_compared() -> None:
     assert check_kernels(TrainingConfig(), packing=True, quantized=True, **ON_CPU) == ALL
     assert check_kernels(TrainingConfig(), packing=False, quantized=False, **ON_CPU) == ALL[:4]
     assert check_kernels(TrainingConfig(fused_kernels=False), packing=True, quantized=True, **ON_CPU) == ALL[5:]
+    on_host = {"packing": True, "quantized": True, "embedding_on_host": True}
+    assert check_kernels(TrainingConfig(), **on_host, **ON_CPU) == [*ALL, "embedding in host memory"]
 
 
 def negated(function: Any) -> Any:
@@ -41,6 +43,10 @@ def negated(function: Any) -> Any:
         ("vlm.kernels.rotary.rotary", r"rotary embedding \(output 1\)"),
         ("vlm.kernels.frozen_linear.dequantized", r"NF4 dequantisation \(weight\)"),
         ("vlm.packing.attention.attend", r"packed attention \(causal output 0\).*training.packing to false"),
+        (
+            "vlm.kernels.host_embedding.host_embedding",
+            r"embedding in host memory \(rows\).*_memory to 'recompute', and",
+        ),
     ],
 )
 def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch, place: str, message: str) -> None:
@@ -49,7 +55,7 @@ def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch, place: str, 
     module, _, name = place.rpartition(".")
     monkeypatch.setattr(place, negated(getattr(importlib.import_module(module), name)))
     with pytest.raises(ResourceError, match=message):
-        check_kernels(TrainingConfig(), packing=True, quantized=True, **ON_CPU)
+        check_kernels(TrainingConfig(), packing=True, quantized=True, embedding_on_host=True, **ON_CPU)
 
 
 def test_attention_that_lets_a_neighbour_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,4 +76,6 @@ def test_attention_that_lets_a_neighbour_in_is_refused(monkeypatch: pytest.Monke
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernels_of_this_gpu(dtype: torch.dtype) -> None:
-    assert check_kernels(TrainingConfig(), device="cuda", dtype=dtype, packing=True, quantized=True) == ALL
+    used = {"packing": True, "quantized": True, "embedding_on_host": True}
+    found = check_kernels(TrainingConfig(), device="cuda", dtype=dtype, **used)
+    assert found == [*ALL, "embedding in host memory"]

@@ -92,16 +92,14 @@ def vision_metadata(layout: GgufLayout, config: Mapping[str, Any], processing: P
     }
 
 
-def image_token_limits(layout: GgufLayout, config: Mapping[str, Any], processing: Processing) -> tuple[int, int]:
+def image_token_limits(head: Mapping[str, Any], processing: Processing) -> tuple[int, int]:
     """The fewest and the most tokens that the model's processor makes of a square image, as llama.cpp counts them.
 
     Args:
-        layout: Of the family.
-        config: Content of `config.json` with all defaults.
+        head: Values of the mmproj file.
         processing: The model's processor.
     """
-    merge = layout.vision_metadata(config).get("clip.vision.spatial_merge_size", 1)
-    side = config["vision_config"]["patch_size"] * merge
+    side = head["clip.vision.patch_size"] * head.get("clip.vision.spatial_merge_size", 1)
     sizes = (processing.target_size(1, 1), processing.target_size(_LARGE_SIDE, _LARGE_SIDE))
     smallest, largest = (height * width // side**2 for height, width in sizes)
     return smallest, largest

@@ -1,4 +1,4 @@
-"""Whether a model can become GGUF files at all, told before any work. Imports nothing heavy."""
+"""Whether a model can become GGUF files at all, told before any work. Imports nothing heavy but for a family that can."""
 
 from __future__ import annotations
 
@@ -30,6 +30,27 @@ def check_supported(family: Family) -> GgufLayout:
             "export.types has 'gguf', which needs the package gguf; install it with `pip install 'vision-finetune[gguf]'`"
         )
     return family.gguf
+
+
+def check_model(family: Family, model_dir: Path, processor_dir: Path) -> None:
+    """Refuses a model that cannot become GGUF files. Reads no weights.
+
+    Args:
+        family: Row of the family table.
+        model_dir: Folder with the model's `config.json`.
+        processor_dir: Folder with its processor; of a model as it is published, the same.
+
+    Raises:
+        ExportError: llama.cpp does not run such a model, or the package that writes the files is missing.
+    """
+    check_supported(family)
+    from vlm.export.gguf.design import gguf_design
+    from vlm.loading.model_config import model_config
+    from vlm.loading.quantization import blueprint
+    from vlm.processing import Processing
+
+    bare = blueprint(family, model_config(model_dir, family))
+    gguf_design(family, bare, bare.state_dict(), Processing.from_dir(processor_dir))
 
 
 def llama_cpp_is_there() -> bool:

@@ -15,10 +15,10 @@ import torch
 
 from vlm.config.evaluation import GgufType
 from vlm.errors import ExportError
-from vlm.export.gguf.metadata import image_token_limits, language_metadata, tokenizer_metadata, vision_metadata
+from vlm.export.gguf.design import gguf_design
+from vlm.export.gguf.metadata import image_token_limits
 from vlm.export.gguf.modelfile import modelfile
-from vlm.export.gguf.support import check_supported
-from vlm.export.gguf.tensors import Destination, File, destinations, in_order
+from vlm.export.gguf.tensors import Destination, File, in_order
 from vlm.export.merging import MergedModel
 from vlm.processing import Processing
 
@@ -68,22 +68,9 @@ def export_gguf(
             is not what was trained.
     """
     merged = MergedModel(checkpoint_dir, adapter_dir, device)
-    layout = check_supported(merged.family)
     processing = Processing.from_dir(merged.processor_dir)
-    config = merged.bare.config.to_dict()
-    row_break = layout.row_break_token
-    break_id = None if row_break is None else processing.tokenizer.convert_tokens_to_ids(row_break)
     names = merged.names()
-    state = merged.bare.state_dict()
-    found = destinations(layout, {name: state[name].shape for name in names}, config, break_id)
-    vocab_size = config["text_config"]["vocab_size"]
-    heads: dict[File, tuple[str, dict[str, Any]]] = {
-        "language": (
-            layout.architecture,
-            language_metadata(layout, config) | tokenizer_metadata(layout, processing, vocab_size),
-        ),
-        "vision": ("clip", {"general.type": "mmproj", **vision_metadata(layout, config, processing)}),
-    }
+    design = gguf_design(merged.family, merged.bare, names, processing)
     vision_type = "bf16" if gguf_type == "bf16" else "f16"
     paths: dict[File, Path] = {
         "language": output_dir / f"model-{gguf_type}.gguf",
@@ -92,22 +79,23 @@ def export_gguf(
     title = merged.description["source"]
     writers = {}
     try:
-        for file, (architecture, values) in heads.items():
+        for file, values in design.heads.items():
             stored_as = gguf_type if file == "language" else vision_type
             head = {"general.name": title, "general.file_type": _FILE_TYPES[stored_as], **values}
-            writers[file] = _Writer(paths[file], architecture, head, in_order(names, found, file), stored_as)
+            tensors = in_order(names, design.tensors, file)
+            writers[file] = _Writer(paths[file], design.architectures[file], head, tensors, stored_as)
         for group in merged.groups():
             for name, tensor in group.tensors.items():
-                for destination in found[name]:
+                for destination in design.tensors[name]:
                     writers[destination.file].write(destination, destination.convert(tensor))
     finally:
         for writer in writers.values():
             writer.close()
-    _check(merged, found, paths, {"language": gguf_type, "vision": vision_type})
+    _check(merged, design.tensors, paths, {"language": gguf_type, "vision": vision_type})
     text = modelfile(processing, paths["language"].name, paths["vision"].name)
     (output_dir / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
     merged.write_card(output_dir, "gguf", metrics)
-    smallest, largest = image_token_limits(layout, config, processing)
+    smallest, largest = image_token_limits(design.heads["vision"], processing)
     with (output_dir / "README.md").open("a", encoding="utf-8", newline="\n") as card:
         card.write(
             f"\nllama.cpp resizes images within limits of its own; `--image-min-tokens {smallest} --image-max-tokens"

@@ -24,9 +24,9 @@ import torch
 
 from vlm.training.activation import LAUNCH_BOUND_OPERATIONS, ActivationPlan
 from vlm.training.capture.layer import CapturedLayer, capturable
-from vlm.training.capture.stack import Graph, Memory, Rerun, Stack
+from vlm.training.capture.stack import Graph, Memory, Stack
 
-__all__ = ["CapturedLayer", "Graph", "Memory", "Rerun", "Stack", "capturable", "graph_stacks"]
+__all__ = ["CapturedLayer", "Graph", "Memory", "Stack", "capturable", "graph_stacks"]
 
 
 def graph_stacks(
@@ -51,7 +51,7 @@ def graph_stacks(
         return None
     limit, memory = LAUNCH_BOUND_OPERATIONS, Memory()
     # Kept activations of one tower lie in its memory while the other one works.
-    other = memory if plan == ActivationPlan(None, None) else Memory()
+    other = memory if plan.recomputes_all else Memory()
     return (
         Stack(memory=memory, limit=limit, most_positions=most_patches),
         Stack(memory=other, limit=limit, most_positions=most_tokens),

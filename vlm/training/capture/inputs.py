@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from vlm.packing.attention import Segments
 
 _BOUNDARIES = ("cu_seq_lens_", "max_length_")
 _ALONG_TOKENS = {"position_embeddings": -2, "position_ids": -1}
+
+
+class NoGraphError(Exception):
+    """Why a call runs without a graph; its text is counted and shown."""
 
 
 class Pass:
@@ -54,7 +59,7 @@ class Call:
         return (*own, self.ends) if self.ends is not None else tuple(own)
 
 
-def read(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> Call | str:
+def read(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
     """Sorts a layer's inputs.
 
     Args:
@@ -62,8 +67,8 @@ def read(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> C
         args: What it is called with.
         kwargs: Likewise, by name.
 
-    Returns:
-        The inputs, or the name of one that a graph could not be given.
+    Raises:
+        NoGraphError: There is one that a graph could not be given.
     """
     values = dict(zip(names, args, strict=False)) | kwargs
     if any(isinstance(value, Segments) for value in values.values()):
@@ -71,14 +76,14 @@ def read(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> C
         values = {name: value for name, value in values.items() if not name.startswith(_BOUNDARIES)}
     hidden = values.pop("hidden_states", None)
     if not isinstance(hidden, Tensor) or hidden.ndim not in (2, 3):
-        return "hidden_states"
+        raise NoGraphError("input hidden_states")
     along: dict[str, tuple[Tensor, int]] = {}
     constants: list[tuple[str, Any]] = []
     ends, ends_name, lengths, longest = None, "", None, 0
     for name, value in values.items():
         if isinstance(value, Segments):
             if value.queries is not None or value.keys is not None or value.ends_k is not None:
-                return name
+                raise NoGraphError(f"input {name}")
             ends, ends_name, lengths = value.ends_q, name, value.lengths_q
             longest = max(lengths, default=1)
             constants.append((name, value.causal))
@@ -94,27 +99,17 @@ def read(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> C
             elif name in _ALONG_TOKENS:
                 along[name] = (value, _ALONG_TOKENS[name])
             else:
-                return name
+                raise NoGraphError(f"input {name}")
         elif value is None or isinstance(value, bool | int | float | str):
             constants.append((name, value))
         else:
-            return name
+            raise NoGraphError(f"input {name}")
     num_tokens = hidden.shape[-2]
     if any(tensor.requires_grad or tensor.shape[where] != num_tokens for tensor, where in along.values()):
-        return "positions"
+        raise NoGraphError("input positions")
     if ends is not None and hidden.numel() != num_tokens * hidden.shape[-1]:
-        return "a batch of packed rows"
+        raise NoGraphError("input a batch of packed rows")
     return Call(hidden, tuple(constants), along, ends, ends_name, lengths, longest)
-
-
-def rounded(number: int) -> int:
-    """The number of positions that a graph is made for: up by an eighth at most, in steps of 64 at least.
-
-    Args:
-        number: Of positions.
-    """
-    step = max(64, 1 << max(0, number.bit_length() - 4))
-    return -(-number // step) * step
 
 
 def power_of_two(number: int) -> int:
@@ -133,9 +128,7 @@ class Inputs:
         self.num_positions, self.longest = num_positions, longest
         self._sources: tuple[Tensor, ...] = ()
         self._users: list[weakref.ref[Pass]] = []
-        self._along = {
-            name: (_padded(tensor, where, num_positions), where) for name, (tensor, where) in call.along.items()
-        }
+        self._along = {name: _padded(tensor, where, num_positions) for name, (tensor, where) in call.along.items()}
         self._ends: Tensor | None = None
         self._lengths: list[int] = []
         device = call.hidden.device
@@ -143,7 +136,7 @@ class Inputs:
         for name, _ in call.constants:
             if isinstance(self.values[name], tuple):  # the shape of a tensor without values
                 self.values[name] = torch.empty(self.values[name], device=device)
-        for name, (tensor, _) in self._along.items():
+        for name, tensor in self._along.items():
             outer, dot, _index = name.partition(".")
             self.values[outer] = (*self.values.get(outer, ()), tensor) if dot else tensor
         if call.ends is not None:
@@ -160,21 +153,20 @@ class Inputs:
                     self._ends, self._lengths, causal=causal, kernel_only=call.hidden.is_cuda
                 )
 
-    def fill(self, call: Call) -> bool:
+    def fill(self, call: Call) -> None:
         """Takes over a call's values.
 
-        Returns:
-            False where the values before are still waited for.
+        Raises:
+            NoGraphError: The values before are still waited for.
         """
-        sources = call.sources
-        if len(sources) == len(self._sources) and all(map(_same, sources, self._sources)):
-            return True
+        if self.holds(call):
+            return
         self._users = [user for user in self._users if in_flight(user)]
         if self._users:
-            return False
+            raise NoGraphError("called twice")
         num_positions = call.hidden.shape[-2]
         for name, (tensor, where) in call.along.items():
-            self._along[name][0].narrow(where, 0, num_positions).copy_(tensor)
+            self._along[name].narrow(where, 0, num_positions).copy_(tensor)
         if call.ends is not None:
             assert self._ends is not None
             filled = len(call.ends)
@@ -184,8 +176,7 @@ class Inputs:
             if self._lengths and not call.hidden.is_cuda:
                 # Without the kernel, segments are cut by their lengths.
                 self._lengths[:] = [length for length in self._ends.diff().tolist() if length]
-        self._sources = sources
-        return True
+        self._sources = call.sources
 
     def used_by(self, running: Pass) -> None:
         """Keeps the values until a pass is over."""
@@ -193,11 +184,8 @@ class Inputs:
 
     def holds(self, call: Call) -> bool:
         """Whether the values are this call's."""
-        return len(call.sources) == len(self._sources) and all(map(_same, call.sources, self._sources))
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other
+        sources = call.sources
+        return len(sources) == len(self._sources) and all(map(operator.is_, sources, self._sources))
 
 
 def _padded(tensor: Tensor, where: int, size: int) -> Tensor:

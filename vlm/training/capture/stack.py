@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlm.training.capture.inputs import Call, Inputs, rounded
+from vlm.training.activation import rounded
+from vlm.training.capture.inputs import Call, Inputs, NoGraphError
 
 if TYPE_CHECKING:
-    from vlm.training.capture.layer import CapturedLayer, Entry
+    from vlm.training.capture.entry import Entry
+    from vlm.training.capture.layer import CapturedLayer
     from vlm.training.flat import FlatParameters
 
 # Shapes of a stack that are kept as graphs; each costs some megabytes of launches per layer.
@@ -24,7 +26,11 @@ MOST_WASTE, _OFTEN = 2, 3
 
 
 def make_room() -> None:
-    """Gives back memory that the allocator keeps for later, if there is little else: while recording it cannot."""
+    """Gives back memory that the allocator keeps for later, if there is little else: while recording it cannot.
+
+    Asked before each graph and not once for all of a pass: each takes more of what is left, and the layers that are tried
+    in between leave more that is kept.
+    """
     free, total = torch.cuda.mem_get_info()
     reserved = torch.cuda.memory_reserved()
     share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
@@ -67,18 +73,6 @@ class Graph:
         self._graph.replay()
 
 
-class Rerun(Graph):
-    """The same without a GPU: runs the function again. For tests."""
-
-    def capture(self, function: Callable[[], None]) -> None:
-        """Keeps the function."""
-        self._graph = function
-
-    def replay(self) -> None:
-        """Runs it."""
-        self._graph()
-
-
 class Memory:
     """The memory that graphs work in.
 
@@ -112,7 +106,7 @@ class Shape:
 
     def __init__(self, num_positions: int) -> None:
         self.num_positions = num_positions
-        self.entries: dict[int, tuple[Any, Entry]] = {}
+        self.entries: dict[int, Entry] = {}
         self.capturing = True
         self._inputs: dict[Any, list[Inputs]] = {}
 
@@ -129,7 +123,7 @@ class Shape:
     @property
     def complete(self) -> bool:
         """Whether all layers went back, too."""
-        return all(entry.backward is not None for _, entry in self.entries.values())
+        return all(entry.backward is not None for entry in self.entries.values())
 
 
 class Stack:
@@ -189,7 +183,7 @@ class Stack:
             self._stream.synchronize()
         return self._stream
 
-    def enter(self, index: int, num_positions: int, bounds: tuple[int, int], kind: Any, width: int) -> str | None:
+    def enter(self, index: int, num_positions: int, bounds: tuple[int, int], kind: Any, width: int) -> Shape:
         """Says that a layer is called; the first of a pass settles which graphs the pass takes.
 
         Args:
@@ -200,14 +194,19 @@ class Stack:
             width: Values of a position.
 
         Returns:
-            Why this pass has no graphs; None if it has.
+            The graphs of this pass.
+
+        Raises:
+            NoGraphError: It has none.
         """
         first, self._position = index <= self._position or self._position < 0, index
         if not first:
-            return None if self.active is not None else "pass without graphs"
+            if self.active is None:
+                raise NoGraphError("pass without graphs")
+            return self.active
         self.active = None
         if any(layer.in_flight for layer in self.layers):
-            return "called twice"
+            raise NoGraphError("called twice")
         if self._bounds.get((index, kind)) != bounds:
             # All that was captured of this kind is too small.
             self._shapes = {key: shape for key, shape in self._shapes.items() if key[:2] != (index, kind)}
@@ -219,15 +218,15 @@ class Stack:
         if size is not None:
             self.active = self._shapes[index, kind, size]
             self.active.capturing = False
-            return None
+            return self.active
         if len(self._shapes) >= _MOST_SHAPES:
-            return "too many shapes"
+            raise NoGraphError("too many shapes")
         if num_positions * width > self._capacity:
             self.clear()
             self._capacity = max(num_positions, rounded(self.most_positions)) * width
         self.memory.renew()
         self.active = self._shapes[index, kind, num_positions] = Shape(num_positions)
-        return None
+        return self.active
 
     def _size(self, index: int, kind: Any, num_positions: int, *, exact: bool) -> int | None:
         """The captured size to take; None to capture another.
