@@ -44,6 +44,7 @@ OTHER_VALUES: dict[str, Any] = {
     "training.activation_memory": "keep",
     "training.max_steps": 7,
     "training.epochs": 3.0,
+    "training.learning_rate": 1e-3,
     "generation.split": "validation",
     "evaluation.metrics": ["cer"],
     "evaluation.unicode_form": "NFKC",

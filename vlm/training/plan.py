@@ -37,7 +37,7 @@ _USED_SHARE = 0.9
 # A pack of so many tokens keeps a GPU busy: several smaller packs cost less than recomputing layers of one large one.
 _EFFICIENT_PACK_TOKENS = 4096
 # On a CPU a pack of so many tokens keeps a few cores busy.
-_CPU_PACK_TOKENS = 1024
+CPU_PACK_TOKENS = 1024
 # One more than a size that CUDA graphs are made for: where padding up to the next one costs most.
 _COUNTED_TOKENS = 1025
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -287,7 +287,7 @@ def _packs(
             " or lower data.max_length_tokens"
         )
     if tokens is None and math.isinf(limits.budget):
-        tokens = max(training.batch_size * int(lengths[longest]), _CPU_PACK_TOKENS)
+        tokens = max(training.batch_size * int(lengths[longest]), CPU_PACK_TOKENS)
     limits = replace(limits, tokens=tokens)
     if training.tokens_per_step is None:
         return list(plan_packs(lengths, visual, training, limits)), tokens
