@@ -82,7 +82,7 @@ def speed_table(folder: Path, checkpoint: Path, num_rows: int, repeats: int) -> 
     from vlm.training.collator import VisionDataCollator
     from vlm.training.steps import plan_batches
 
-    build_checkpoint(ModelConfig(name="builtin", precision="float32"), checkpoint, device="cpu", dtype="float32")
+    build_checkpoint(ModelConfig(name="builtin-random", precision="float32"), checkpoint, device="cpu", dtype="float32")
     loaded = load_checkpoint(checkpoint, device="cpu")
     build_adapter(loaded, LoraConfig(rank=16), checkpoint / "adapter")
     rows = PreparedDataset(folder, "train")

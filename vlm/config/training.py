@@ -12,7 +12,7 @@ from vlm.config.model import BUILTIN_MODEL
 
 LEARNING_RATE, EPOCHS = 2e-4, 1.0
 # A small model takes larger steps, and a few rows have to be seen more often.
-_BUILTIN_LEARNING_RATE, _BUILTIN_EPOCHS = 2e-3, 4.0
+_BUILTIN_LEARNING_RATE, _BUILTIN_EPOCHS = 2e-3, 3.0
 
 
 class TrainingConfig(Section):
@@ -22,7 +22,7 @@ class TrainingConfig(Section):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="Passes over the training rows; None goes by `max_steps`. Both None means one epoch, and four"
+        description="Passes over the training rows; None goes by `max_steps`. Both None means one epoch, and three"
         " for the built-in model.",
     )
     batch_size: int = Field(

@@ -37,8 +37,8 @@ replacement for a real model.
 
 ## Limits
 
-- One line, or up to four short ones, of Latin script; images up to some 900 pixels wide. It knows no layout, no tables, no
-  other question than what is written.
+- One line, or up to four short ones, of Latin script; images up to some 900 pixels wide. It knows no layout and no tables.
+- It knows seven questions, all for what is written, and answers others with nonsense until it is fine-tuned on them.
 - Handwriting was two typefaces only: real hands it reads badly.
 - It spells what it sees and knows few words, so unclear letters stay unclear.
 """

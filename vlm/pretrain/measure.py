@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,9 @@ def origins(config: PretrainConfig) -> Iterator[tuple[str, list[Line]]]:
         yield f"drawn: {kind}", [Line(image, PROMPTS[0], text) for image, text in drawn]
     yield "built-in dataset (unseen typefaces and layouts)", list(_builtin(config.rows_per_kind))
     for path in config.real_data:
-        yield f"real: {Path(path).parent.name} {Path(path).stem}", list(_real(path))
+        name, lines = f"real: {Path(path).parent.name} {Path(path).stem}", list(_real(path))
+        yield f"{name}, its own question", lines
+        yield f"{name}, a question of the training", [replace(line, prompt=PROMPTS[0]) for line in lines]
 
 
 def _builtin(num_rows: int) -> Iterator[Line]:
