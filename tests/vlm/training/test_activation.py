@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -24,14 +25,17 @@ from vlm.training.memory import Tower, towers
 from vlm.training.recompute import recomputed
 
 
-def choose(mode: Any, memory: int | None, *, num_vision_layers: int = 4, embedding_bytes: int = 0) -> ActivationPlan:
+def choose(
+    mode: Any, memory: int | None, *, num_vision_layers: int = 4, embedding_bytes: int = 0, **graphs: bool
+) -> ActivationPlan:
     """With ten tokens of vision and of language, one byte a value."""
     vision, language = Tower(4, 8, 16, 8), Tower(6, 16, 64, 16)
 
     def expected(plan: ActivationPlan) -> int:
         parts = ((vision, plan.recomputed_vision), (language, plan.recomputed_language))
         layers = sum(sum(t.activation_bytes(10, 1, num_recomputed=n, offload=plan.offload)) for t, n in parts)
-        return int(layers) + (0 if plan.embedding_on_host else embedding_bytes)
+        pool = 500 if plan.cuda_graphs else 0
+        return int(layers) + pool + (0 if plan.embedding_on_host else embedding_bytes)
 
     seen[:] = [
         expected(ActivationPlan(0, 0)),
@@ -45,6 +49,7 @@ def choose(mode: Any, memory: int | None, *, num_vision_layers: int = 4, embeddi
         expected_bytes=expected,
         device_memory_bytes=memory,
         embedding_can_move=embedding_bytes > 0,
+        **graphs,
     )
     seen.append(expected(plan))
     return plan
@@ -96,6 +101,33 @@ def test_the_embedding_moves_before_anything_is_recomputed() -> None:
     assert less.recomputed_vision != 0
     assert choose("auto", int((recompute - 999) / 0.9), **own).embedding_on_host
     assert choose("auto", 1, **own) == ActivationPlan(None, None, offload=True, embedding_on_host=True)
+
+
+def test_graphs_only_where_there_is_room() -> None:
+    choose("keep", 1)
+    keep, recompute, offload = seen[:3]
+    for mode, plan, least in (
+        ("keep", ActivationPlan(0, 0), keep),
+        ("recompute", ActivationPlan(None, None), recompute),
+    ):
+        for launch_bound in (False, True):
+            own = {"graphs": True, "launch_bound": launch_bound}
+            enough = int((least + 500) / 0.9) + 1
+            assert choose(mode, enough, **own) == dataclasses.replace(plan, cuda_graphs=True)
+            assert choose(mode, enough - 2, **own) == plan
+            assert choose(mode, enough, launch_bound=launch_bound) == plan
+    assert not choose("offload", 10**9, graphs=True, launch_bound=True).cuda_graphs
+    # What is kept without graphs would not fit with them.
+    memory = int((keep + 100) / 0.9)
+    assert choose("auto", memory, graphs=True) == ActivationPlan(0, 0)
+    # Where launches are what takes time, layers make room for graphs.
+    plan = choose("auto", memory, graphs=True, launch_bound=True)
+    assert plan.cuda_graphs
+    assert plan.recomputed_vision != 0
+    assert choose("auto", 2 * keep + 1000, graphs=True) == ActivationPlan(0, 0, cuda_graphs=True)
+    # Without room for them even so, all is as if there were none.
+    for memory in range(int(offload / 0.9) + 1, int((recompute + 499) / 0.9), 100):
+        assert choose("auto", memory, graphs=True, launch_bound=True) == choose("auto", memory)
 
 
 def test_the_older_name() -> None:
