@@ -189,7 +189,8 @@ class CapturedLayer:
         # What one stack has given back would soon be another's.
         self.stack.give_up(companions=isinstance(error, torch.OutOfMemoryError))
         self.stack.reasons[str(error).splitlines()[0]] += 1
-        _LOGGER.warning("layers run without CUDA graphs, which is slower: %s", error)
+        # Its text: whoever keeps the record would keep, through the error's frames, what they had allocated.
+        _LOGGER.warning("layers run without CUDA graphs, which is slower: %s", str(error))
 
 
 def _anchor() -> Tensor:
