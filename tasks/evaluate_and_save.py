@@ -140,6 +140,7 @@ def _reference(session: Session, checkpoint: ArtifactRef, dataset: ArtifactRef, 
 def _export(session: Session, kind: ExportType, refs: Mapping[str, ArtifactRef]) -> ArtifactRef:
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         from vlm.export import export, verify_export
+        from vlm.export.gguf.support import note_unrun
         from vlm.loading.holder import release
 
         config, device = session.config, session.resolved.device
@@ -153,6 +154,8 @@ def _export(session: Session, kind: ExportType, refs: Mapping[str, ArtifactRef])
             device=device,
         ).to_json()
         if "reference" not in inputs:
+            if kind == "gguf" and config.export.verify:
+                summary["verification"] = note_unrun(stage / "export")
             return summary
         release()  # the fresh process needs the memory
         verification = verify_export(
@@ -163,6 +166,7 @@ def _export(session: Session, kind: ExportType, refs: Mapping[str, ArtifactRef])
             inputs["reference"],
             config.evaluation,
             device=device,
+            gguf_type=config.export.gguf_type,
         )
         return summary | {"verification": verification.to_json()}
 

@@ -168,7 +168,7 @@ def _export_settings(kind: ExportType) -> Callable[[Resolved], Json]:
             found["gguf_type"] = run.config.export.gguf_type
         elif kind != "lora":
             found["max_shard_size_mb"] = run.config.export.max_shard_size_mb
-        if run.config.export.verify and kind != "gguf":
+        if _is_verified_by_loading(kind, run.config):
             # The leading metric is compared, under its normalisation.
             evaluation = _evaluation_settings(run)
             del evaluation["slice_by"]
@@ -184,8 +184,17 @@ def export_unit(kind: ExportType) -> str:
 
 
 def is_verified_by_loading(config: RunConfig) -> bool:
-    """Whether any export is loaded again; GGUF files are compared tensor by tensor as they are written."""
-    return config.export.verify and any(kind != "gguf" for kind in config.export.types)
+    """Whether any export is loaded again."""
+    return any(_is_verified_by_loading(kind, config) for kind in config.export.types)
+
+
+def _is_verified_by_loading(kind: ExportType, config: RunConfig) -> bool:
+    """GGUF files are compared tensor by tensor as they are written, and loaded where llama.cpp is there."""
+    if kind == "gguf" and config.export.verify:
+        from vlm.export.gguf.support import llama_cpp_is_there
+
+        return llama_cpp_is_there()
+    return config.export.verify
 
 
 def units_for(config: RunConfig) -> tuple[Unit, ...]:
@@ -277,7 +286,7 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             )
         )
     for kind in config.export.types:
-        verified = config.export.verify and kind != "gguf"
+        verified = _is_verified_by_loading(kind, config)
         units.append(
             Unit(
                 export_unit(kind),

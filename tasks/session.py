@@ -136,7 +136,12 @@ class Session:
         quantization = resolve_quantization(
             config.model.quantization, device, full_finetuning=bool(config.lora.full_finetuning)
         )
-        config = config.model_copy(update={"model": config.model.model_copy(update={"quantization": quantization})})
+        config = config.model_copy(
+            update={
+                "model": config.model.model_copy(update={"quantization": quantization}),
+                "training": config.training.settled(config.model.name),
+            }
+        )
         resolved = Resolved(config, device, resolve_precision(config.model.precision, device))
         cache_dir = cache_directory()
         store = open_store(config.runtime.store, cache_dir)

@@ -44,6 +44,7 @@ OTHER_VALUES: dict[str, Any] = {
     "training.activation_memory": "keep",
     "training.max_steps": 7,
     "training.epochs": 3.0,
+    "training.learning_rate": 1e-3,
     "generation.split": "validation",
     "evaluation.metrics": ["cer"],
     "evaluation.unicode_form": "NFKC",
@@ -220,3 +221,13 @@ def test_what_goes_through_a_processor_has_its_code_in_the_key(name: str) -> Non
     (unit,) = [unit for unit in units_for(RunConfig()) if unit.name == name]
     closure = code_closure(unit.code, cache_dir=None)
     assert {"vlm.processing.encoding", "vlm.processing.template", "vlm.families.qwen_media"} <= set(closure)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_gguf_files_are_loaded_where_llama_cpp_is(monkeypatch: pytest.MonkeyPatch, is_there: bool) -> None:
+    monkeypatch.setattr("vlm.export.gguf.support.llama_cpp_is_there", lambda: is_there)
+    units = {unit.name: unit for unit in units_for(RunConfig.model_validate({"export": {"types": ["gguf"]}}))}
+    assert ("evaluate_and_save.reference" in units) == is_there
+    assert ("reference" in units["evaluate_and_save.export.gguf"].inputs) == is_there
+    unverified = units_for(RunConfig.model_validate({"export": {"types": ["gguf"], "verify": False}}))
+    assert "evaluate_and_save.reference" not in {unit.name for unit in unverified}

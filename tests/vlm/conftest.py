@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 
@@ -23,6 +24,13 @@ class TinyRun:
     @property
     def checkpoint_dir(self) -> Path:
         return self.loaded.checkpoint_dir
+
+
+@pytest.fixture(scope="session", autouse=True)
+def several_packs() -> Iterator[None]:
+    """All tiny rows of a step would fit into one pack of the size that a CPU takes at least."""
+    with mock.patch("vlm.training.plan.CPU_PACK_TOKENS", 1):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ class ExportConfig(Section):
     verify: bool = Field(
         True,
         description="Load every export again in a fresh process and fail unless it gives what the trained model gives;"
-        " GGUF files are compared tensor by tensor in any case.",
+        " GGUF files are compared tensor by tensor in any case, and run by llama.cpp where llama_cpp is installed.",
     )
     verify_rows: int = Field(
         4, ge=1, le=64, description="Held-out rows on which exports are compared with the trained model."

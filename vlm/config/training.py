@@ -8,6 +8,11 @@ from pydantic import Field, model_validator
 
 from vlm.config.base import Section
 from vlm.config.evaluation import MetricName
+from vlm.config.model import BUILTIN_MODEL
+
+LEARNING_RATE, EPOCHS = 2e-4, 1.0
+# A small model takes larger steps, and a few rows have to be seen more often.
+_BUILTIN_LEARNING_RATE, _BUILTIN_EPOCHS = 2e-3, 4.0
 
 
 class TrainingConfig(Section):
@@ -15,7 +20,10 @@ class TrainingConfig(Section):
 
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps; None goes by `epochs`.")
     epochs: float | None = Field(
-        None, gt=0, description="Passes over the training rows; None goes by `max_steps`. Both None means one epoch."
+        None,
+        gt=0,
+        description="Passes over the training rows; None goes by `max_steps`. Both None means one epoch, and four"
+        " for the built-in model.",
     )
     batch_size: int = Field(
         2,
@@ -36,7 +44,7 @@ class TrainingConfig(Section):
         None,
         ge=1,
         description="Most tokens of one packed row. None takes what GPU memory holds by estimate, and on a CPU `batch_size`"
-        " times the longest conversation.",
+        " times the longest conversation, or 1024 where that is less.",
     )
     tokens_per_step: int | None = Field(
         None,
@@ -44,7 +52,9 @@ class TrainingConfig(Section):
         description="Tokens of one optimiser step, which is then filled with as many conversations as fit, so that every step"
         " takes the same time; `batch_size` and `gradient_accumulation` have no say. Needs packing. None counts conversations.",
     )
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate.")
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, description="Peak learning rate; None takes 2e-4, and 2e-3 for the built-in model."
+    )
     vision_learning_rate: float | None = Field(
         None, gt=0, le=1, description="Peak learning rate of the vision tower; None takes `learning_rate`."
     )
@@ -67,7 +77,7 @@ class TrainingConfig(Section):
         description="What happens to a layer's activations until its backward pass: 'keep' is fastest; 'recompute' makes them"
         " again, for half as much time again; 'offload' also moves what is left to the host's memory, on a GPU, and with it an"
         " input embedding that does not learn and is not the head's, too. 'auto' moves that embedding first, then recomputes"
-        " as few layers as the GPU's memory asks for, and all of them on a CPU.",
+        " as few layers as the GPU's memory asks for, and on a CPU all of them where they would keep over 2 GiB.",
     )
     fused_kernels: bool = Field(
         True,
@@ -152,3 +162,17 @@ class TrainingConfig(Section):
                 f"keep_best {self.keep_best!r} compares values that only come with {rounds}; set it, or keep_best to 'none'"
             )
         return self
+
+    def settled(self, model_name: str) -> TrainingConfig:
+        """The same settings, with what the model decides filled in.
+
+        Args:
+            model_name: `ModelConfig.name`.
+        """
+        builtin = model_name == BUILTIN_MODEL
+        filled: dict[str, float] = {}
+        if self.learning_rate is None:
+            filled["learning_rate"] = _BUILTIN_LEARNING_RATE if builtin else LEARNING_RATE
+        if self.epochs is None and self.max_steps is None:
+            filled["epochs"] = _BUILTIN_EPOCHS if builtin else EPOCHS
+        return self.model_copy(update=filled)

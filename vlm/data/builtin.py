@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,11 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def draw_line(text: str, style: str, rng: random.Random) -> Image.Image:
-    """Draws a line as a scanner might see it.
+    """Draws a line of a pre-printed form as a scanner might see it.
 
     Args:
         text: The words.
-        style: Seeds what all lines of one origin share: the font and the paper.
+        style: Seeds what all lines of one origin share: the form, the font and the paper.
         rng: Seeds the rest: size, place, rotation, blur and noise.
 
     Returns:
@@ -94,21 +94,66 @@ def draw_line(text: str, style: str, rng: random.Random) -> Image.Image:
     """
     style_rng = random.Random(f"style {style}")
     name, paper, ink = style_rng.choice(_FONTS), style_rng.randint(200, 255), style_rng.randint(0, 70)
-    size = rng.randint(15, 26)
-    while size > 9 and _font(name, size).getlength(text) > MAX_WIDTH - 16:
-        size -= 1
-    font = _font(name, size)
-    height = min(56, max(28, size * 2 + rng.randint(-4, 6)))
-    width = min(MAX_WIDTH, int(font.getlength(text)) + rng.randint(10, 16))
-    image = Image.new("L", (width, height), paper)
-    ImageDraw.Draw(image).text(
-        (rng.randint(4, 7), height / 2 + rng.uniform(-2, 2)), text, font=font, fill=ink, anchor="lm"
-    )
+    form = style_rng.choices(list(_FORMS), [share for _, share in _FORMS.values()])[0]
+    image = _FORMS[form][0](text, name, paper, ink, rng)
     if rng.random() < 0.5:
         image = image.rotate(rng.uniform(-1.2, 1.2), Image.Resampling.BICUBIC, fillcolor=paper)
     if rng.random() < 0.4:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7)))
     return _with_paper(image, rng)
+
+
+def _plain(text: str, name: str, paper: int, ink: int, rng: random.Random, *, most: int = MAX_WIDTH) -> Image.Image:
+    """Letters on blank paper."""
+    size = rng.randint(15, 26)
+    while size > 9 and _font(name, size).getlength(text) > most - 16:
+        size -= 1
+    font = _font(name, size)
+    height = min(56, max(28, size * 2 + rng.randint(-4, 6)))
+    width = min(most, int(font.getlength(text)) + rng.randint(10, 16))
+    image = Image.new("L", (width, height), paper)
+    ImageDraw.Draw(image).text(
+        (rng.randint(4, 7), height / 2 + rng.uniform(-2, 2)), text, font=font, fill=ink, anchor="lm"
+    )
+    return image
+
+
+def _hatched(text: str, name: str, paper: int, ink: int, rng: random.Random) -> Image.Image:
+    """Letters on paper with slanted lines, as of cheques and vouchers."""
+    image = _plain(text, name, paper, ink, rng)
+    draw, height = ImageDraw.Draw(image), image.height
+    step, lean, shade = rng.randint(7, 10), rng.choice((-1, 1)) * height // 2, rng.randint(ink + 40, ink + 90)
+    for left in range(-height, image.width + height, step):
+        draw.line((left, 0, left + lean, height), fill=shade)
+    return image
+
+
+def _boxed(text: str, name: str, paper: int, ink: int, rng: random.Random) -> Image.Image:
+    """A box for each letter, as on forms that machines were to read."""
+    cell = min(rng.randint(15, 20), (MAX_WIDTH - 8) // len(text))
+    font = _font(name, max(9, cell))
+    height = max(28, cell * 2)
+    image = Image.new("L", (cell * len(text) + 8, height), paper)
+    draw, shade = ImageDraw.Draw(image), rng.randint(ink + 40, ink + 90)
+    for place, letter in enumerate(text):
+        left = 4 + place * cell
+        draw.rectangle((left, 5, left + cell, height - 5), outline=shade)
+        draw.text((left + cell / 2 + 0.5, height / 2), letter, font=font, fill=ink, anchor="mm")
+    return image
+
+
+def _narrow(text: str, name: str, paper: int, ink: int, rng: random.Random) -> Image.Image:
+    """Letters of double height, as tills print totals."""
+    image = _plain(text, name, paper, ink, rng, most=2 * MAX_WIDTH)
+    return image.resize((max(28, int(image.width * rng.uniform(0.5, 0.6))), 56), Image.Resampling.BICUBIC)
+
+
+# Of a shop's lines: how they are drawn, and the share of shops.
+_FORMS: dict[str, tuple[Callable[..., Image.Image], float]] = {
+    "boxed": (_boxed, 0.4),
+    "hatched": (_hatched, 0.4),
+    "narrow": (_narrow, 0.2),
+}
 
 
 def _with_paper(image: Image.Image, rng: random.Random) -> Image.Image:

@@ -151,11 +151,8 @@ def answer_logits(model: Any, processing: Processing, row: PreparedRow) -> torch
             f"the processor gives other tokens for row {row.id!r} ({len(found)}) than the model was trained with"
             f" ({len(row.input_ids)}); please report this with the model's name"
         )
-    if not row.assistant_spans:
-        raise DataError(f"row {row.id!r} has no assistant turn, so there is no answer to compare with; drop the row")
-    start, end = row.assistant_spans[-1]
-    end = min(end, start + _MAX_POSITIONS)
-    ids = torch.tensor([found[:end]])
+    start, end = answer_positions(row)
+    ids = torch.tensor([found[: end + 1]])
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -167,9 +164,23 @@ def answer_logits(model: Any, processing: Processing, row: PreparedRow) -> torch
         else value
         for name, value in inputs.items()
     }
-    # Each token is predicted from the position before it.
-    logits: torch.Tensor = model(**placed, use_cache=False).logits[0, max(start - 1, 0) : end - 1]
+    logits: torch.Tensor = model(**placed, use_cache=False).logits[0, start:end]
     return logits.float().cpu().contiguous()
+
+
+def answer_positions(row: PreparedRow) -> tuple[int, int]:
+    """The half-open range of positions that predict the first tokens of a row's last answer, each the one behind it.
+
+    Args:
+        row: A prepared row.
+
+    Raises:
+        DataError: The row has no answer.
+    """
+    if not row.assistant_spans:
+        raise DataError(f"row {row.id!r} has no assistant turn, so there is no answer to compare with; drop the row")
+    start, end = row.assistant_spans[-1]
+    return max(start - 1, 0), min(end, start + _MAX_POSITIONS) - 1
 
 
 def answers_alone(

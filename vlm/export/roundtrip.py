@@ -2,8 +2,8 @@
 
     python -m vlm.export.roundtrip request.json result.json
 
-Exports load with ``AutoModelForImageTextToText`` and, for an adapter, ``PeftModel``: stock classes, none of this
-project's loaders. What comes on top changes no weight: the mends of `Family.prepare_model` and of 8-bit layers on a CPU,
+Exports load with ``AutoModelForImageTextToText`` and, for an adapter, ``PeftModel``, GGUF files in llama.cpp: none of
+this project's loaders. What comes on top changes no weight: the mends of `Family.prepare_model` and of 8-bit layers on a CPU,
 which the trained model ran with too. Loads torch and transformers.
 """
 
@@ -11,16 +11,29 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from vlm.data.prepared import PreparedRow
 from vlm.errors import ExportError, VlmError
-from vlm.export.reference import TENSORS_FILE, Reference, answer_logits, answers_alone, first_rows
-from vlm.generate import generating
+from vlm.export.gguf.support import check_supported
+from vlm.export.reference import (
+    TENSORS_FILE,
+    Reference,
+    answer_logits,
+    answer_positions,
+    answers_alone,
+    first_rows,
+)
+from vlm.families import Video
+from vlm.generate import generating, prompt_of
 from vlm.processing import Processing
 from vlm.summary import Summary
 
@@ -54,8 +67,10 @@ class Measured(Summary):
     kept: float
     """Share of that movement which is in the export: (found − base) · (trained − base) / ‖trained − base‖²; 1 if nothing
     was trained."""
+    rows: tuple[int, ...]
+    """Numbers of the reference's rows that were compared."""
     answers: tuple[str, ...]
-    """Generated answers."""
+    """Their generated answers."""
 
 
 def measure(request: Request) -> Measured:
@@ -70,13 +85,23 @@ def measure(request: Request) -> Measured:
     reference_dir = Path(request.reference_dir)
     reference = Reference.read(reference_dir)
     rows = first_rows(Path(request.dataset_dir), reference.split, len(reference.ids))
-    model, processing = load_export(request)
     tensors = load_file(reference_dir / TENSORS_FILE)
     sums = dict.fromkeys(("error", "change", "inner", "trained"), 0.0)
-    with generating(model):
-        for number, row in enumerate(rows):
+    if request.kind == "gguf":
+        # llama.cpp is handed images only.
+        numbers = [number for number, row in enumerate(rows) if len(_stills(row)) == len(row.images)]
+        if not numbers:
+            raise ExportError(
+                "each of the held-out rows has a video, and llama.cpp is only handed images here; set export.verify to false"
+            )
+    else:
+        numbers = list(range(len(rows)))
+    opened = _in_llama_cpp if request.kind == "gguf" else _in_transformers
+    answers = []
+    with opened(request, rows, reference.max_new_tokens) as run:
+        for number in numbers:
             tuned, base = (_centred(tensors[f"{which}.{number}"]) for which in ("tuned", "base"))
-            found = _centred(answer_logits(model, processing, row))
+            found = _centred(run.logits(rows[number]))
             if found.shape != tuned.shape:
                 raise ExportError(
                     f"the exported model gives logits of shape {list(found.shape)}, the trained one {list(tuned.shape)};"
@@ -86,14 +111,63 @@ def measure(request: Request) -> Measured:
             sums["change"] += float((base - tuned).square().sum())
             sums["inner"] += float(((found - base) * (tuned - base)).sum())
             sums["trained"] += float(tuned.square().sum())
-        answers = answers_alone(model, processing, rows, reference.max_new_tokens)
+            answers.append(run.answer(rows[number]))
     trained = max(sums["trained"], torch.finfo(torch.float64).tiny)
     return Measured(
         distance=(sums["error"] / trained) ** 0.5,
         change=(sums["change"] / trained) ** 0.5,
         kept=sums["inner"] / sums["change"] if sums["change"] else 1.0,
-        answers=answers,
+        rows=tuple(numbers),
+        answers=tuple(answers),
     )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An export that runs."""
+
+    logits: Callable[[PreparedRow], torch.Tensor]
+    """As `answer_logits` gives them."""
+    answer: Callable[[PreparedRow], str]
+    """The answer to a row."""
+
+
+def _stills(row: PreparedRow) -> list[np.ndarray]:
+    """A row's images, without its videos."""
+    return [image for image in row.images if not isinstance(image, Video)]
+
+
+@contextmanager
+def _in_transformers(request: Request, rows: Sequence[PreparedRow], max_new_tokens: int) -> Iterator[_Run]:
+    model, processing = load_export(request)
+    with generating(model):
+        yield _Run(
+            logits=lambda row: answer_logits(model, processing, row),
+            answer=lambda row: answers_alone(model, processing, [row], max_new_tokens)[0],
+        )
+
+
+@contextmanager
+def _in_llama_cpp(request: Request, rows: Sequence[PreparedRow], max_new_tokens: int) -> Iterator[_Run]:
+    from vlm.export.gguf.llama import LlamaCpp
+
+    processing = Processing.from_dir(Path(request.checkpoint_dir) / "processor")
+    layout = check_supported(processing.family)
+    longest = max(len(row.input_ids) for row in rows) + max_new_tokens
+    model = LlamaCpp(Path(request.export_dir), layout, processing, longest, request.device)
+
+    def logits(row: PreparedRow) -> torch.Tensor:
+        start, end = answer_positions(row)
+        return model.logits(row.messages, _stills(row), row.input_ids.tolist()[:end], start)[0]
+
+    def answer(row: PreparedRow) -> str:
+        messages, num_images = prompt_of(row)
+        return model.answer(messages, _stills(row)[:num_images], max_new_tokens)
+
+    try:
+        yield _Run(logits, answer)
+    finally:
+        model.close()
 
 
 def load_export(request: Request) -> tuple[Any, Processing]:

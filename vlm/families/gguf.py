@@ -21,7 +21,8 @@ class GgufLayout:
 
     Attributes:
         architecture: llama.cpp's name of the language model's architecture.
-        pre_tokenizer: llama.cpp's name of the rule that cuts text into words before byte pairs are merged.
+        pre_tokenizer: llama.cpp's name of the rule that cuts text into words before byte pairs are merged, for tokenizers
+            whose pattern says nothing else.
         projector: Value of ``clip.projector_type``.
         interleaved_language: Whether that architecture rotates neighbouring numbers of a query or key where transformers
             rotates one of the first half with one of the second; rows of the projections are reordered then.
@@ -29,6 +30,7 @@ class GgufLayout:
         vision_names: Patterns of parameters' full names, and the names of the tensors that each becomes. Several names
             cut it in equal parts: a convolution over time into one per time step, anything else along its outputs.
         vision_metadata: A config to the values of the mmproj file that follow from it.
+        image_text: What the chat template writes for an image; llama.cpp puts all of it around an image by itself.
         row_break_token: Token whose embedding llama.cpp puts behind every row of an image; None where there is none.
     """
 
@@ -39,6 +41,7 @@ class GgufLayout:
     interleaved_vision: bool
     vision_names: tuple[tuple[str, tuple[str, ...]], ...]
     vision_metadata: Callable[[Mapping[str, Any]], dict[str, Value]]
+    image_text: str
     row_break_token: str | None = None
 
 
@@ -76,6 +79,7 @@ def qwen_metadata(config: Mapping[str, Any]) -> dict[str, Value]:
     """
     vision = config["vision_config"]
     _required(vision, "temporal_patch_size", 2)
+    _required(vision, "spatial_merge_size", 2)
     found: dict[str, Value] = {
         # For the memory that is set aside; images of any size are taken.
         "clip.vision.image_size": 560,
@@ -88,19 +92,31 @@ def qwen_metadata(config: Mapping[str, Any]) -> dict[str, Value]:
     if "embed_dim" in vision:
         found["clip.vision.embedding_length"] = vision["embed_dim"]
         found["clip.vision.feed_forward_length"] = int(vision["embed_dim"] * vision["mlp_ratio"])
-        return found
+        return _with_told_apart_layers(found)
     _required(vision, "window_size", 112)
-    full = list(vision["fullatt_block_indexes"])
-    period = full[0] + 1 if full else 0
-    regular = [block for block in range(vision["depth"]) if period and (block + 1) % period == 0]
-    if full != regular:
+    full = sorted(vision["fullatt_block_indexes"])
+    depth = vision["depth"]
+    # Every n-th layer has full attention; 0 stands for all of them, and a period beyond the last layer for none.
+    period = full[0] + 1 if full else depth + 1
+    if full != [block for block in range(depth) if (block + 1) % period == 0]:
         raise ExportError(
             f"export.types has 'gguf', but the vision tower's layers {full} have full attention, and llama.cpp takes every"
-            f" {period or 'n'}-th of {vision['depth']} only; leave 'gguf' out"
+            f" {period}-th of {depth} only; leave 'gguf' out"
         )
-    found["clip.vision.n_wa_pattern"] = period
+    found["clip.vision.n_wa_pattern"] = 0 if period == 1 else period
     found["clip.vision.embedding_length"] = vision["hidden_size"]
     found["clip.vision.feed_forward_length"] = vision["intermediate_size"]
+    return _with_told_apart_layers(found)
+
+
+def _with_told_apart_layers(found: dict[str, Value]) -> dict[str, Value]:
+    """Old files had a block's two feed-forward layers swapped, which llama.cpp recognises by their width."""
+    width = found["clip.vision.embedding_length"]
+    if found["clip.vision.feed_forward_length"] == width:
+        raise ExportError(
+            f"export.types has 'gguf', but the vision tower's feed-forward layers are as wide as its blocks ({width}), and"
+            " llama.cpp then swaps them; leave 'gguf' out"
+        )
     return found
 
 
@@ -150,6 +166,7 @@ def _qwen_layout(mlp: tuple[tuple[str, tuple[str, ...]], ...], projector: str) -
             (r"model\.visual\.merger\.mlp\.([02])" + ending, (r"mm.\1.\2",)),
         ),
         vision_metadata=qwen_metadata,
+        image_text="<|vision_start|><|image_pad|><|vision_end|>",
     )
 
 
@@ -178,5 +195,6 @@ PIXTRAL_GGUF = GgufLayout(
         (_PROJECTOR + r"patch_merger\.merging_layer\.weight", ("mm.patch_merger.weight",)),
     ),
     vision_metadata=pixtral_metadata,
+    image_text="[IMG]",
     row_break_token="[IMG_BREAK]",
 )

@@ -27,6 +27,8 @@ ActivationMode = Literal["auto", "keep", "recompute", "offload"]
 LAUNCH_BOUND_OPERATIONS = 4e12
 # Of the device's memory: the allocator cannot use all of it, and estimates err.
 USABLE_SHARE = 0.9
+# On a CPU a step that needs no more than this keeps its activations: memory is no worry then.
+_CPU_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,15 @@ def choose_activations(
         num_vision_layers: Trained layers of the vision tower; 0 for a frozen one, which keeps nothing.
         num_language_layers: Layers of the language model.
         expected_bytes: Memory of the costliest step under a plan, that of CUDA graphs included.
-        device_memory_bytes: What there is; None on a CPU, where ``auto`` recomputes everything.
+        device_memory_bytes: What there is; None on a CPU.
         embedding_can_move: Whether the input embedding is frozen and not the head's, too.
         graphs: Whether small steps may be replayed as CUDA graphs, if there is room.
         launch_bound: Whether the language model's part of the step takes as long as its launches.
 
     Returns:
-        For ``auto``, the fewest recomputed layers with which the step fits, for a launch-bound one with graphs if it fits with
-        them at all; everything recomputed and offloaded where nothing fits. The embedding goes to the host with ``offload``, and with ``auto`` where
-        not all fits as it is.
+        For ``auto`` on a CPU, all or nothing. On a GPU, the fewest recomputed layers with which the step fits, for a
+        launch-bound one with graphs if it fits with them at all; everything recomputed and offloaded where nothing fits. The
+        embedding goes to the host with ``offload``, and with ``auto`` where not all fits as it is.
     """
     all_vision = None if num_vision_layers else 0
     everything = ActivationPlan(all_vision, None)
@@ -103,8 +105,11 @@ def choose_activations(
         captured = replace(plan, cuda_graphs=True)
         return captured if graphs and fits(captured) else plan
 
+    keeps = mode == "keep"
+    if mode == "auto" and device_memory_bytes is None:
+        keeps = expected_bytes(ActivationPlan(0, 0)) <= _CPU_BYTES
     if mode != "auto" or device_memory_bytes is None:
-        return with_graphs(ActivationPlan(0, 0) if mode == "keep" else everything)
+        return with_graphs(ActivationPlan(0, 0) if keeps else everything)
     some = [ActivationPlan(number, 0, embedding_on_host=host) for number in range(num_vision_layers)]
     some += [ActivationPlan(all_vision, number, embedding_on_host=host) for number in range(num_language_layers)]
     some += [replace(everything, embedding_on_host=host)]

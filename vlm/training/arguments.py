@@ -10,6 +10,7 @@ from typing import Any
 from trl import SFTConfig
 
 from vlm.config import TrainingConfig
+from vlm.config.training import LEARNING_RATE
 from vlm.training.plan import PlanSummary
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -45,7 +46,7 @@ def training_arguments(
         # One item is one planned step with all its micro-batches, however many.
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
-        learning_rate=training.learning_rate,
+        learning_rate=training.learning_rate or LEARNING_RATE,
         lr_scheduler_type=_SCHEDULES[training.schedule],
         warmup_steps=round(training.warmup_fraction * plan.num_steps),
         weight_decay=training.weight_decay,

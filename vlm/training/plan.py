@@ -36,6 +36,8 @@ _CUDA_CONTEXT_BYTES = 700_000_000
 _USED_SHARE = 0.9
 # A pack of so many tokens keeps a GPU busy: several smaller packs cost less than recomputing layers of one large one.
 _EFFICIENT_PACK_TOKENS = 4096
+# On a CPU a pack of so many tokens keeps a few cores busy.
+CPU_PACK_TOKENS = 1024
 # One more than a size that CUDA graphs are made for: where padding up to the next one costs most.
 _COUNTED_TOKENS = 1025
 _SUMS = ("activations_bytes", "expected_bytes", "reserved_bytes", "at_least_bytes")
@@ -289,7 +291,7 @@ def _packs(
             " or lower data.max_length_tokens"
         )
     if tokens is None and math.isinf(limits.budget):
-        tokens = training.batch_size * int(lengths[longest])
+        tokens = max(training.batch_size * int(lengths[longest]), CPU_PACK_TOKENS)
     limits = replace(limits, tokens=tokens)
     if training.tokens_per_step is None:
         return list(plan_packs(lengths, visual, training, limits)), tokens

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm.config import TrainingConfig
+from vlm.config.training import EPOCHS
 from vlm.errors import ConfigError
 from vlm.packing.bins import balanced, filled, first_fit_decreasing
 
@@ -47,7 +48,7 @@ def row_stream(num_rows: int, seed: int) -> Iterator[int]:
 
 def num_rows_seen(num_rows: int, training: TrainingConfig) -> int:
     """Rows over the whole training where its length is given in epochs, repetitions counted."""
-    return max(1, round((training.epochs or 1) * num_rows))
+    return max(1, round((training.epochs or EPOCHS) * num_rows))
 
 
 def rows_of_steps(num_rows: int, training: TrainingConfig) -> Iterator[tuple[int, Rows]]:

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from tests.support.clip_twin import pixtral_features, qwen_features, read_gguf
-from tests.support.tiny_runs import load, mixed_rows, write_dataset
-from tests.vlm.conftest import TinyRun
 from tests.vlm.export.test_export import PLAIN, make_adapter, make_fully_trained, run_export
-from vlm.config import LoraConfig, ModelConfig
+from vlm.config import LoraConfig
 from vlm.errors import ExportError
+from vlm.export.gguf.metadata import pre_tokenizer
 from vlm.export.gguf.support import check_model, check_supported
 from vlm.families import FAMILIES
+from vlm.families.gguf import qwen_metadata
 
 MODELS = ("qwen2_vl", "builtin", "pixtral", "mistral3")
 WINDOW = r"window_size 56 and llama\.cpp computes with 112"
@@ -29,28 +29,7 @@ REFUSED = [name for name, family in FAMILIES.items() if family.gguf is None]
 
 
 @pytest.fixture(scope="module")
-def run_of(tiny_run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """Runs of tiny models; the tiny Qwen2.5-VL has windows that llama.cpp lacks, so the built-in model stands for it."""
-    made: dict[str, TinyRun] = {}
-
-    def get(name: str) -> Any:
-        if name != "builtin":
-            return tiny_run(name)
-        if not made:
-            from vlm.loading.build import build_checkpoint
-
-            folder = tmp_path_factory.mktemp("builtin")
-            config = ModelConfig(quantization="none", precision="float32")
-            build_checkpoint(config, folder / "checkpoint", device="cpu", dtype="float32")
-            loaded = load(folder / "checkpoint")
-            made[name] = TinyRun(loaded, write_dataset(folder / "dataset", loaded.processing, {"train": mixed_rows(2)}))
-        return made[name]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def exported(run_of: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+def exported(gguf_run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
     """The f16 export of a model and the live merged model."""
     made: dict[str, tuple[Path, Any]] = {}
 
@@ -59,7 +38,7 @@ def exported(run_of: Callable, tmp_path_factory: pytest.TempPathFactory) -> Call
             from transformers import AutoModelForImageTextToText
 
             folder = tmp_path_factory.mktemp(name)
-            run = run_of(name)
+            run = gguf_run(name)
             adapter = make_adapter(run, folder / "adapter", PLAIN)
             run_export("gguf", run, adapter, folder / "gguf", gguf_type="f16")
             run_export("merged_16bit", run, adapter, folder / "merged")
@@ -77,17 +56,17 @@ def own_text_logits(merged: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_language_model_is_the_merged_one(
-    exported: Callable, run_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    exported: Callable, gguf_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     folder, merged = exported(name)
-    family = run_of(name).loaded.family
+    family = gguf_run(name).loaded.family
     if family.gguf.architecture == "qwen2vl":
         # transformers reads no qwen2vl files; on text alone, it is qwen2.
         layout = dataclasses.replace(family.gguf, architecture="qwen2")
         monkeypatch.setattr("vlm.export.gguf.design.check_supported", lambda family: layout)
-        run = run_of(name)
+        run = gguf_run(name)
         run_export("gguf", run, make_adapter(run, tmp_path / "adapter", PLAIN), tmp_path / "out", gguf_type="f16")
         folder = tmp_path / "out"
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model-f16.gguf", dtype=torch.float32).eval()
@@ -98,10 +77,10 @@ def test_the_language_model_is_the_merged_one(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_vision_tower_is_the_merged_one(exported: Callable, run_of: Callable, name: str) -> None:
+def test_the_vision_tower_is_the_merged_one(exported: Callable, gguf_run: Callable, name: str) -> None:
     folder, merged = exported(name)
     tensors, head = read_gguf(folder / "mmproj-f16.gguf")
-    processing = run_of(name).loaded.processing
+    processing = gguf_run(name).loaded.processing
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (84, 112, 3), dtype=torch.uint8, generator=generator).numpy()
     inputs = processing.pixel_inputs([[image]])
@@ -126,7 +105,7 @@ def test_the_vision_tower_is_the_merged_one(exported: Callable, run_of: Callable
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_names_are_those_of_the_gguf_package(exported: Callable, run_of: Callable, name: str) -> None:
+def test_names_are_those_of_the_gguf_package(exported: Callable, gguf_run: Callable, name: str) -> None:
     """The package carries llama.cpp's own tables of names."""
     import gguf
 
@@ -144,17 +123,17 @@ def test_names_are_those_of_the_gguf_package(exported: Callable, run_of: Callabl
     stems = {re.sub(r"\.(weight|bias)(\.1)?$", "", tensor) for tensor in tensors}
     assert stems <= names
     assert head["clip.projector_type"] in vars(gguf.VisionProjectorType).values()
-    break_id = run_of(name).loaded.processing.tokenizer.get_vocab().get("[IMG_BREAK]")
+    break_id = gguf_run(name).loaded.processing.tokenizer.get_vocab().get("[IMG_BREAK]")
     assert ("v.token_embd.img_break" in tensors) == (break_id is not None)
     if break_id is not None:
         row = merged.model.language_model.embed_tokens.weight[break_id]
         torch.testing.assert_close(tensors["v.token_embd.img_break"], row.detach(), rtol=0, atol=0)
 
 
-def test_the_tokenizer_and_the_head(exported: Callable, run_of: Callable) -> None:
+def test_the_tokenizer_and_the_head(exported: Callable, gguf_run: Callable) -> None:
     folder, merged = exported("qwen2_vl")
     _, head = read_gguf(folder / "model-f16.gguf")
-    tokenizer = run_of("qwen2_vl").loaded.processing.tokenizer
+    tokenizer = gguf_run("qwen2_vl").loaded.processing.tokenizer
     text = merged.config.text_config
     assert len(head["tokenizer.ggml.tokens"]) == text.vocab_size
     for token in ("<|im_start|>", "<|im_end|>", "<|image_pad|>"):
@@ -198,15 +177,21 @@ def test_the_modelfile_has_the_models_own_template(exported: Callable, name: str
     template = text.split('"""')[1]
     assert template == expected
     assert text.startswith("FROM ./model-f16.gguf\nFROM ./mmproj-f16.gguf\n")
-    assert "PARAMETER stop" in text
+    ends = {"qwen2_vl": ["<|im_end|>", "<|endoftext|>"], "pixtral": ["</s>"]}[name]
+    assert [line for line in text.splitlines() if "stop" in line] == [f'PARAMETER stop "{end}"' for end in ends]
     assert "PARAMETER temperature 0" in text
+    # The tiny processors' limits: areas for Qwen2-VL, a longest edge for Pixtral.
+    limits = {"qwen2_vl": (4, 256), "pixtral": (1, 576)}[name]
+    assert (
+        "`--image-min-tokens {} --image-max-tokens {}`".format(*limits) in (exported(name)[0] / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("gguf_type", ["bf16", "q8_0", "q4_0", "q5_1"])
-def test_quantised_types(run_of: Callable, tmp_path: Path, gguf_type: str) -> None:
+def test_quantised_types(gguf_run: Callable, tmp_path: Path, gguf_type: str) -> None:
     import gguf
 
-    run = run_of("pixtral")
+    run = gguf_run("pixtral")
     adapter = make_adapter(run, tmp_path / "adapter", PLAIN)
     run_export("gguf", run, adapter, tmp_path / "out", gguf_type=gguf_type)
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out" / f"model-{gguf_type}.gguf").tensors}
@@ -219,8 +204,8 @@ def test_quantised_types(run_of: Callable, tmp_path: Path, gguf_type: str) -> No
     assert (tmp_path / "out" / "README.md").exists()
 
 
-def test_what_was_trained_whole_is_exported(run_of: Callable, tmp_path: Path) -> None:
-    run = run_of("qwen2_vl")
+def test_what_was_trained_whole_is_exported(gguf_run: Callable, tmp_path: Path) -> None:
+    run = gguf_run("qwen2_vl")
     adapter = make_fully_trained(run, tmp_path / "adapter", LoraConfig(full_finetuning=("projector",)))
     run_export("gguf", run, adapter, tmp_path / "out", gguf_type="f16")
     from safetensors.torch import load_file
@@ -233,11 +218,11 @@ def test_what_was_trained_whole_is_exported(run_of: Callable, tmp_path: Path) ->
 
 
 def test_a_wrong_tensor_is_caught_after_writing(
-    run_of: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gguf_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import gguf
 
-    run = run_of("qwen2_vl")
+    run = gguf_run("qwen2_vl")
     adapter = make_adapter(run, tmp_path / "adapter", PLAIN)
     right = gguf.quants.quantize
     monkeypatch.setattr(gguf.quants, "quantize", lambda values, kind: right(values[::-1].copy(), kind))
@@ -265,9 +250,51 @@ def test_settings_that_llama_cpp_has_built_in_otherwise_are_refused(tiny_run: Ca
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_that_can_be_written_pass_the_check(run_of: Callable, name: str) -> None:
-    run = run_of(name)
+def test_models_that_can_be_written_pass_the_check(gguf_run: Callable, name: str) -> None:
+    run = gguf_run(name)
     check_model(run.loaded.family, run.checkpoint_dir / "model", run.checkpoint_dir / "processor")
+
+
+def test_the_rule_for_words_is_the_tokenizers_own(gguf_run: Callable) -> None:
+    layout = FAMILIES["mistral3"].gguf
+    assert layout is not None
+    tokenizer = gguf_run("mistral3").loaded.processing.tokenizer
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    # The tests' tokenizer cuts text as Qwen's does.
+    assert pre_tokenizer(layout, description) == "qwen2"
+    split = next(step for step in description["pre_tokenizer"]["pretokenizers"] if step["type"] == "Split")
+    split["pattern"]["Regex"] = split["pattern"]["Regex"].replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+    assert pre_tokenizer(layout, description) == "llama-bpe"
+    split["pattern"]["Regex"] = r"\S+"
+    assert pre_tokenizer(layout, description) == "tekken"
+
+
+def qwen_config(**vision: Any) -> dict[str, Any]:
+    windows = {"window_size": 112, "fullatt_block_indexes": [1, 3], "intermediate_size": 128, "hidden_act": "silu"}
+    sizes = {"depth": 4, "num_heads": 2, "hidden_size": 64, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    return {"vision_config": sizes | windows | vision}
+
+
+@pytest.mark.parametrize(("full", "period"), [([1, 3], 2), ([3], 4), ([0, 1, 2, 3], 0), ([], 5)])
+def test_layers_with_full_attention(full: list[int], period: int) -> None:
+    """0 switches llama.cpp's windows off; else each layer whose number, from 1, the period divides has full attention."""
+    assert qwen_metadata(qwen_config(fullatt_block_indexes=full))["clip.vision.n_wa_pattern"] == period
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"fullatt_block_indexes": [1, 2]},
+            r"layers \[1, 2\] have full attention, and llama.cpp takes every 2-th of 4",
+        ),
+        ({"spatial_merge_size": 4}, "spatial_merge_size 4 and llama.cpp computes with 2"),
+        ({"intermediate_size": 64}, r"as wide as its blocks \(64\), and llama.cpp then swaps them"),
+    ],
+)
+def test_towers_that_llama_cpp_would_compute_otherwise_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        qwen_metadata(qwen_config(**changed))
 
 
 def test_a_missing_package_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,8 +303,8 @@ def test_a_missing_package_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None
         check_supported(FAMILIES["qwen2_vl"])
 
 
-def test_the_same_export_gives_the_same_bytes(run_of: Callable, tmp_path: Path) -> None:
-    run = run_of("qwen2_vl")
+def test_the_same_export_gives_the_same_bytes(gguf_run: Callable, tmp_path: Path) -> None:
+    run = gguf_run("qwen2_vl")
     adapter = make_adapter(run, tmp_path / "adapter", PLAIN)
     summaries = [run_export("gguf", run, adapter, tmp_path / name) for name in ("first", "second")]
     assert summaries[0] == summaries[1]

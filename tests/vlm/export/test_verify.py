@@ -1,9 +1,11 @@
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,9 +14,9 @@ from tests.vlm.export.test_export import PLAIN, make_adapter, run_export
 from vlm.config import EvaluationConfig, GenerationConfig
 from vlm.errors import ExportError
 from vlm.export import verify_export
-from vlm.export.reference import make_reference
+from vlm.export.reference import first_rows, make_reference
 from vlm.export.verify import Verification
-from vlm.families import FAMILIES
+from vlm.families import FAMILIES, Video
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*quantization_config.*:UserWarning")
 
@@ -122,7 +124,8 @@ def test_another_metric_is_noticed(trained: tuple[Any, Path, Path], tmp_path: Pa
     right = json.loads((reference / "reference.json").read_text())
 
     def other_words(request: dict[str, str]) -> dict[str, Any]:
-        return {"measured": {"distance": 0.0, "change": 1.0, "kept": 1.0, "answers": right["targets"]}}
+        rows = list(range(len(right["ids"])))
+        return {"measured": {"distance": 0.0, "change": 1.0, "kept": 1.0, "rows": rows, "answers": right["targets"]}}
 
     with pytest.raises(ExportError, match=r"Character error rate 0\.0000, the trained model"):
         verify("lora", run, tmp_path / "lora", reference, runner=other_words)
@@ -135,6 +138,19 @@ def test_another_tokenizer_is_noticed(trained: tuple[Any, Path, Path], tmp_path:
     template.write_text(template.read_text().replace("<|vision_end|>", ""))
     with pytest.raises(ExportError, match="other tokens"):
         verify("lora", run, tmp_path / "lora", reference)
+
+
+def test_without_a_row_of_images_llama_cpp_has_nothing_to_run(
+    trained: tuple[Any, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm.export import roundtrip
+
+    run, _, reference = trained
+    film = Video(np.zeros((2, 56, 84, 3), np.uint8), 1.0)
+    rows = [dataclasses.replace(row, images=[film]) for row in first_rows(run.dataset_dir, "test", 2)]
+    monkeypatch.setattr(roundtrip, "first_rows", lambda *_: rows)
+    with pytest.raises(ExportError, match=r"held-out rows has a video.* set export.verify to false"):
+        verify("gguf", run, tmp_path, reference)
 
 
 def test_a_process_that_dies_is_one_error(trained: tuple[Any, Path, Path], tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def test_modes_and_frozen_towers() -> None:
     assert choose("recompute", 10**9) == ActivationPlan(None, None)
     assert choose("recompute", 10**9, num_vision_layers=0) == ActivationPlan(0, None)
     assert choose("offload", 10**9) == ActivationPlan(None, None, offload=True)
-    assert choose("auto", None) == ActivationPlan(None, None)
+    assert choose("auto", None) == ActivationPlan(0, 0)
+    assert choose("auto", None, embedding_bytes=3 << 30) == ActivationPlan(None, None)
 
 
 def test_auto_recomputes_as_little_as_fits() -> None:
@@ -97,7 +98,7 @@ def test_the_embedding_moves_before_anything_is_recomputed() -> None:
     keep, recompute = seen[:2]
     assert choose("recompute", 10**9, **own) == ActivationPlan(None, None)
     assert choose("offload", 10**9, **own) == ActivationPlan(None, None, offload=True, embedding_on_host=True)
-    assert choose("auto", None, **own) == ActivationPlan(None, None)
+    assert choose("auto", None, **own) == ActivationPlan(0, 0)
     assert choose("auto", 2 * keep, **own) == ActivationPlan(0, 0)
     assert choose("auto", int(keep / 0.9) - 1, **own) == ActivationPlan(0, 0, embedding_on_host=True)
     less = choose("auto", int((keep - 1100) / 0.9), **own)

@@ -59,6 +59,14 @@ def planned(run: Any, adapter: Path, folder: Path, device: str = "cpu", **settin
     return make_plan(run.dataset_dir, run.checkpoint_dir, adapter, training, folder, device=device, dtype=dtype)
 
 
+def test_a_cpu_gathers_small_rows(
+    tiny_run: Callable, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm.training.plan.CPU_PACK_TOKENS", 1024)
+    plan = planned(tiny_run("qwen2_5_vl"), adapter, tmp_path, max_steps=3, batch_size=2, gradient_accumulation=2)
+    assert (plan.max_tokens_per_pack, plan.num_micro_batches) == (1024, 3)
+
+
 def test_padded_batches_where_packing_is_off(tiny_run: Callable, adapter: Path, tmp_path: Path) -> None:
     plan = planned(
         tiny_run("qwen2_5_vl"), adapter, tmp_path, packing=False, max_steps=3, batch_size=2, gradient_accumulation=2

@@ -10,8 +10,22 @@ from vlm.errors import ExportError
 from vlm.families.gguf import GgufLayout, Value
 from vlm.processing import Processing
 
+# Pixels; larger than any processor lets an image be.
+_LARGE_SIDE = 2**15
 # Kinds of tokens, by llama.cpp's numbers.
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+# llama.cpp's names of the patterns that cut text into words. Qwen's and Llama 3's differ in how many digits make a word.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LOWER, _UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_PRE_TOKENIZERS = {
+    _WORDS.format(digits=""): "qwen2",
+    _WORDS.format(digits="{1,3}"): "llama-bpe",
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+}
 
 
 def language_metadata(layout: GgufLayout, config: Mapping[str, Any]) -> dict[str, Value | list[int]]:
@@ -78,6 +92,19 @@ def vision_metadata(layout: GgufLayout, config: Mapping[str, Any], processing: P
     }
 
 
+def image_token_limits(head: Mapping[str, Any], processing: Processing) -> tuple[int, int]:
+    """The fewest and the most tokens that the model's processor makes of a square image, as llama.cpp counts them.
+
+    Args:
+        head: Values of the mmproj file.
+        processing: The model's processor.
+    """
+    side = head["clip.vision.patch_size"] * head.get("clip.vision.spatial_merge_size", 1)
+    sizes = (processing.target_size(1, 1), processing.target_size(_LARGE_SIDE, _LARGE_SIDE))
+    smallest, largest = (height * width // side**2 for height, width in sizes)
+    return smallest, largest
+
+
 def tokenizer_metadata(
     layout: GgufLayout, processing: Processing, vocab_size: int
 ) -> dict[str, Value | list[int] | list[str]]:
@@ -92,7 +119,8 @@ def tokenizer_metadata(
         ExportError: The tokenizer does not merge byte pairs.
     """
     tokenizer = processing.tokenizer
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = description["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         raise ExportError(
             f"export.types has 'gguf', but the tokenizer is of type {model['type']!r} and only byte-level BPE is written for"
@@ -117,7 +145,7 @@ def tokenizer_metadata(
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     found: dict[str, Value | list[int] | list[str]] = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": layout.pre_tokenizer,
+        "tokenizer.ggml.pre": pre_tokenizer(layout, description),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": merges,
@@ -130,6 +158,23 @@ def tokenizer_metadata(
     if tokenizer.bos_token_id is not None:
         found["tokenizer.ggml.bos_token_id"] = tokenizer.bos_token_id
     return found
+
+
+def pre_tokenizer(layout: GgufLayout, description: Mapping[str, Any]) -> str:
+    """llama.cpp's name of the rule by which the tokenizer at hand cuts text into words.
+
+    Tokenizers of one family differ: some were published with another family's pattern, and models were trained with it.
+
+    Args:
+        layout: Of the family; its name stands for patterns that are not known here.
+        description: Content of `tokenizer.json`.
+    """
+    steps = description.get("pre_tokenizer") or {}
+    for step in steps.get("pretokenizers", [steps]):
+        pattern = step.get("pattern", {}).get("Regex") if step.get("type") == "Split" else None
+        if pattern in _PRE_TOKENIZERS:
+            return _PRE_TOKENIZERS[pattern]
+    return layout.pre_tokenizer
 
 
 def puts_bos(processing: Processing) -> bool:

@@ -51,3 +51,26 @@ def check_model(family: Family, model_dir: Path, processor_dir: Path) -> None:
 
     bare = blueprint(family, model_config(model_dir, family))
     gguf_design(family, bare, bare.state_dict(), Processing.from_dir(processor_dir))
+
+
+def llama_cpp_is_there() -> bool:
+    """Whether the package is installed with which llama.cpp itself runs exported files."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def note_unrun(export_dir: Path) -> str:
+    """Says on an export's card that llama.cpp itself has not run it.
+
+    Args:
+        export_dir: Folder of the export.
+
+    Returns:
+        The sentence.
+    """
+    sentence = (
+        "Each tensor was read back and compared with the trained model's; llama.cpp itself did not run the files, since"
+        " llama_cpp was not installed (`pip install 'vision-finetune[llama]'`)."
+    )
+    with (export_dir / "README.md").open("a", encoding="utf-8", newline="\n") as card:
+        card.write(f"\n{sentence}\n")
+    return sentence

@@ -16,6 +16,7 @@ import torch
 from vlm.config.evaluation import GgufType
 from vlm.errors import ExportError
 from vlm.export.gguf.design import gguf_design
+from vlm.export.gguf.metadata import image_token_limits
 from vlm.export.gguf.modelfile import modelfile
 from vlm.export.gguf.tensors import Destination, File, in_order
 from vlm.export.merging import MergedModel
@@ -94,6 +95,12 @@ def export_gguf(
     text = modelfile(processing, paths["language"].name, paths["vision"].name)
     (output_dir / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
     merged.write_card(output_dir, "gguf", metrics)
+    smallest, largest = image_token_limits(design.heads["vision"], processing)
+    with (output_dir / "README.md").open("a", encoding="utf-8", newline="\n") as card:
+        card.write(
+            f"\nllama.cpp resizes images within limits of its own; `--image-min-tokens {smallest} --image-max-tokens"
+            f" {largest}` gives it those of the model's processor.\n"
+        )
     return merged.num_trained
 
 
