@@ -14,7 +14,8 @@
 That a text before its sample's first image looks at everything there is transformers' own rule for a sample alone (see
 `mllama_rows`), and so the model's. Spans that look at the same tiles are one, as with a single image that fills its
 canvas; and where the spans are the whole row and their tiles all there are, in order, nothing is gathered: keys and values
-of a page are 6,404 positions in every cross-attention layer, and copies of them would be kept. Vision tower and projector handle images apart from each other anyway.
+of a page are 6,404 positions in every cross-attention layer, and copies of them would be kept. Vision tower and projector
+handle images apart from each other anyway.
 
 torch is imported when a function runs.
 """
