@@ -42,7 +42,7 @@ from vlm.kernels.host_embedding import embedding_on_host, why_not
 from vlm.kernels.install import PIECES, fused
 from vlm.lora.peft_model import adapter_parameters, base_model
 from vlm.packing.model import packed
-from vlm.training.activation import ActivationPlan, choose_activations
+from vlm.training.activation import USABLE_SHARE, ActivationPlan, choose_activations
 from vlm.training.capture import Stack, graph_stacks
 from vlm.training.collator import VisionDataCollator
 from vlm.training.flat import FlatParameters
@@ -121,7 +121,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any] | None]] = {
 }
 HOST, GRAPHS = ", host embedding", ", graphs"
 # Name: pieces, whose head, activations. With HOST in it, the input embedding lies in the host's memory; with GRAPHS behind
-# it, layers are replayed as CUDA graphs.
+# it, layers are replayed as CUDA graphs, if the plan finds room for them.
 SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "eager": ((), "trl", "recompute"),
     "own head": ((), "own", "recompute"),
@@ -252,7 +252,7 @@ class Bench:
                 total += 4.0 * inputs * outputs * positions[part]
         return total
 
-    def estimate(self, plan: ActivationPlan, *, fused: bool, captured: bool = False) -> MemoryEstimate:
+    def estimate(self, plan: ActivationPlan, *, fused: bool) -> MemoryEstimate:
         """What the training plan would say of this step."""
         return estimate_memory(
             self.base.config.to_dict(),
@@ -265,7 +265,6 @@ class Bench:
             value_bytes=2 if self.device == "cuda" else 4,
             activations=plan,
             fused=fused,
-            captured=captured,
             optimizer="adamw_8bit" if self.device == "cuda" else "adamw",
             patches_per_token=self.patches_per_token,
             on_gpu=self.device == "cuda",
@@ -279,9 +278,11 @@ class Bench:
             checked.activation_memory,
             num_vision_layers=vision.num_layers,
             num_language_layers=language.num_layers,
-            expected_bytes=lambda plan: self.estimate(plan, fused=fused, captured=captured).expected_bytes,
+            expected_bytes=lambda plan: self.estimate(plan, fused=fused).reserved_bytes,
             device_memory_bytes=memory,
             embedding_can_move=why_not(self.base) is None,
+            graphs=captured,
+            launch_bound=language.slot_bytes(max(self.num_tokens), 2) > 0,
         )
 
     def step(self) -> None:
@@ -322,7 +323,11 @@ class Bench:
             reason = why_not(self.base)
             if reason is not None:
                 return f"| {name} | | left out: {reason} | | | | | | |"
-            plan = replace(plan, embedding_on_host=True)
+            plan = replace(plan, embedding_on_host=True, cuda_graphs=False)
+            if captured:
+                moved = replace(plan, cuda_graphs=True)
+                needed = self.estimate(moved, fused="linear" in pieces).reserved_bytes
+                plan = moved if memory is None or needed <= USABLE_SHARE * memory else plan
         with ExitStack() as stack:
             stock = self.base.forward
             stack.callback(self.base.__dict__.pop, "forward", None)
@@ -338,7 +343,7 @@ class Bench:
             report = stack.enter_context(fused(self.base, self.loaded.family, pieces))
             if plan.embedding_on_host:
                 stack.enter_context(embedding_on_host(self.base))
-            stacks = self.stacks(plan) if name.endswith(GRAPHS) else None
+            stacks = self.stacks(plan) if plan.cuda_graphs else None
             stack.enter_context(recomputed(self.base, self.loaded.family, plan, stacks=stacks))
             stack.enter_context(packed(self.base, self.loaded.family))
             gc.collect()
@@ -346,21 +351,21 @@ class Bench:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             seconds, first = median_seconds(self.step, options.steps, options.warmup)
-            if stacks is not None:
-                print([(own.num_replays, dict(own.reasons)) for own in stacks], file=sys.stderr)
             if options.profile:
                 print(report, file=sys.stderr)
+                for own in stacks or ():
+                    print(f"graphs: {own.num_replays} replays; without: {dict(own.reasons)}", file=sys.stderr)
                 profile(self.step)
         cuda = self.device == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else 0
         # What graphs use while they are replayed counts here only.
         reserved = torch.cuda.max_memory_reserved() if cuda else 0
-        expected = self.estimate(plan, fused="linear" in pieces, captured=captured).expected_bytes
+        expected = self.estimate(plan, fused="linear" in pieces).expected_bytes
         rate = options.samples / seconds
         share = self.operations() / seconds / matmul
         recomputing = f"{plan.recomputed_vision}, {plan.recomputed_language}".replace("None", "all")
         return (
-            f"| {name} | {recomputing}{' offloaded' * plan.offload}{HOST * plan.embedding_on_host} | {rate:.2f} | {seconds:.3f} | {first:.1f}"
+            f"| {name} | {recomputing}{' offloaded' * plan.offload}{HOST * plan.embedding_on_host}{GRAPHS * plan.cuda_graphs} | {rate:.2f} | {seconds:.3f} | {first:.1f}"
             f" | {peak / 2**30:.2f} | {reserved / 2**30:.2f} | {expected / 2**30:.2f} | {share:.1%} |"
         )
 

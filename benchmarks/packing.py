@@ -56,7 +56,9 @@ def fullness_table(folders: dict[str, Path], capacity: int) -> None:
         padded = sum(int(lengths[batch].max()) * len(batch) for _, batch in plan_batches(lengths, eight))
         start = time.perf_counter()
         training = TrainingConfig(tokens_per_step=capacity)
-        size, per_step = full_pack_size(lengths, training, PackLimits(None, lengths.astype(np.float64), np.inf))
+        size, per_step = full_pack_size(
+            lengths, training, PackLimits(None, lengths[:, None].astype(np.float64), np.inf)
+        )
         packs = np.array([lengths[pack].sum() for _, pack in plan_full_packs(lengths, training, size, per_step)])
         seconds = time.perf_counter() - start
         assert packs.sum() == lengths.sum()

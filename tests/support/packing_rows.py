@@ -27,7 +27,8 @@ def text(words: str) -> dict[str, str]:
 
 # Parts of the question, image sizes and answer: an image first, none, text before the image, two images in a row, text
 # around and between images, and a long answer.
-CONVERSATIONS: tuple[tuple[list[dict[str, str]], tuple[tuple[int, int], ...], str], ...] = (
+Conversation = tuple[list[dict[str, str]], tuple[tuple[int, int], ...], str]
+CONVERSATIONS: tuple[Conversation, ...] = (
     ([IMAGE, text("Transcribe the text in the image.")], ((56, 84),), "Total 12.50"),
     ([text("What is two and two?")], (), "Four, as ever"),
     ([text("Read what stands in "), IMAGE], ((56, 140),), "7"),
@@ -37,10 +38,18 @@ CONVERSATIONS: tuple[tuple[list[dict[str, str]], tuple[tuple[int, int], ...], st
 )
 
 
-def packing_rows(processing: Processing) -> list[PreparedRow]:
-    """One prepared row per conversation above."""
+def pages(size: tuple[int, int]) -> tuple[Conversation, ...]:
+    """Three conversations about a page of some height and width."""
+    return tuple(
+        ([text("Read "), IMAGE, text(" now.")], (size,), answer)
+        for answer in ("Total 12.50", "7", "Milk 2 x 1.19, cash")
+    )
+
+
+def packing_rows(processing: Processing, conversations: Sequence[Conversation] = CONVERSATIONS) -> list[PreparedRow]:
+    """One prepared row per conversation."""
     rows = []
-    for number, (parts, sizes, answer) in enumerate(CONVERSATIONS):
+    for number, (parts, sizes, answer) in enumerate(conversations):
         messages = [
             {"role": "user", "content": parts},
             {"role": "assistant", "content": [text(answer)]},

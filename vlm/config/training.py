@@ -87,7 +87,7 @@ class TrainingConfig(Section):
     cuda_graphs: bool = Field(
         True,
         description="On a GPU, replay the layers of steps that are too small to keep it busy as CUDA graphs. Steps of many"
-        " tokens, dropout, and activations in host memory go without.",
+        " tokens, dropout, activations in host memory, and cards without room for them go without.",
     )
     train_on_prompts: bool = Field(
         False, description="Put loss on the user's words too; off, only the assistant's words count."

@@ -99,6 +99,19 @@ class Packing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CrossAttention:
+    """Image features beside the text, and not in it, as far as they take memory.
+
+    Attributes:
+        layers: Numbers of the language model's layers that look at them.
+        mask_values: Values of the vision tower's attention mask per position, where all of its layers share a dense one.
+    """
+
+    layers: tuple[int, ...]
+    mask_values: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of models. All patterns are regular expressions that must match a whole name.
 
@@ -134,6 +147,8 @@ class Family:
         resize: `(parts, RGB or grey image, target size)` to the image at that size; None for the image processor's filter alone.
         patches_per_token: A model's `config.json` to the positions in the vision tower behind each media token; None where
             these are merged squares of patches.
+        cross_attention: A model's `config.json` to what its layers for image features are; None where features are tokens
+            of the text.
         prepare_model: Called once with every live model, for what its batches need to be right; None for nothing.
         translate_config: Turns the content of a `config.json` that transformers has no class for into one of
             `model_class`; gets native ones too, and gives them back. None where all checkpoints are native.
@@ -180,6 +195,7 @@ class Family:
     video: VideoInput | None = None
     resize: Callable[[MediaParts, Image.Image, tuple[int, int]], Image.Image] | None = None
     patches_per_token: Callable[[Mapping[str, Any]], int] | None = None
+    cross_attention: Callable[[Mapping[str, Any]], CrossAttention] | None = None
     prepare_model: Callable[[Any], None] | None = None
     translate_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     tokenizer_class: str | None = None

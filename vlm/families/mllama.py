@@ -36,6 +36,7 @@ MLLAMA = Family(
     pixel_inputs=mllama_media.pixel_inputs,
     token_inputs=mllama_media.token_inputs,
     patches_per_token=mllama_media.patches_per_token,
+    cross_attention=mllama_media.cross_attention,
     prepare_model=mllama_rows.keep_rows_apart,
     packing=Packing(
         # Its tower takes images apart as a batch of tiles.

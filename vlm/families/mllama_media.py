@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vlm.families.areas import within_area
-from vlm.families.family import ImageLayout, MediaParts, RowImages, Run
+from vlm.families.family import CrossAttention, ImageLayout, MediaParts, RowImages, Run
 from vlm.families.pixels import Numbers, PixelBytes
 
 if TYPE_CHECKING:
@@ -177,6 +177,13 @@ def patches_per_token(config: Mapping[str, Any]) -> int:
     vision = config["vision_config"]
     patches = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2 + 1
     return int(vision.get("max_num_tiles", 4)) * math.ceil(patches / 8) * 8
+
+
+def cross_attention(config: Mapping[str, Any]) -> CrossAttention:
+    """Every fifth layer, if the `config.json` does not say; the tower's mask is a square over all tiles of an image."""
+    text = config["text_config"]
+    layers = text.get("cross_attention_layers") or range(3, int(text["num_hidden_layers"]), 5)
+    return CrossAttention(layers=tuple(layers), mask_values=patches_per_token(config))
 
 
 def _tiles(parts: MediaParts) -> tuple[int, int]:

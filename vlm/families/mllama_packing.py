@@ -12,7 +12,10 @@
     <image> c c            image 2's and 3's own tiles
 
 That a text before its sample's first image looks at everything there is transformers' own rule for a sample alone (see
-`mllama_rows`), and so the model's. Vision tower and projector handle images apart from each other anyway.
+`mllama_rows`), and so the model's. Spans that look at the same tiles are one, as with a single image that fills its
+canvas; and where the spans are the whole row and their tiles all there are, in order, nothing is gathered: keys and values
+of a page are 6,404 positions in every cross-attention layer, and copies of them would be kept. Vision tower and projector
+handle images apart from each other anyway.
 
 torch is imported when a function runs.
 """
@@ -40,8 +43,9 @@ def row_inputs(packed: PackedSamples) -> dict[str, Any]:
 
     Returns:
         Into the packed row: ``span_lengths`` and ``span_tiles`` (lists: positions in each span, tiles that it looks at),
-        ``span_queries`` of shape [positions in spans], ``tiles`` of shape [tiles of all spans], and ``belongs`` of
-        shape [tokens]: 1 where a position stands behind an image of its sample. Nothing without images.
+        ``span_queries`` of shape [positions in spans], None for the whole row, ``tiles`` of shape [tiles of all spans],
+        None for all in order, and ``belongs`` of shape [tokens]: 1 where a position stands behind an image of its sample.
+        Nothing without images.
     """
     import torch
 
@@ -62,6 +66,7 @@ def row_inputs(packed: PackedSamples) -> dict[str, Any]:
         assert len(images) == count, "each image has one token"
         if images:
             belongs[start + images[0] : start + len(ids)] = 1
+        before: list[int] | None = None
         for begin, end, seen in _spans(images, len(ids)):
             numbers = range(count) if seen is None else seen
             looked_at = [
@@ -69,17 +74,22 @@ def row_inputs(packed: PackedSamples) -> dict[str, Any]:
                 for number in numbers
                 for tile in range(most_tiles if seen is None else own[first_image + number])
             ]
-            lengths.append(end - begin)
-            counts.append(len(looked_at))
+            if looked_at == before:
+                lengths[-1] += end - begin
+            else:
+                lengths.append(end - begin)
+                counts.append(len(looked_at))
+                tiles.extend(looked_at)
             queries.append(torch.arange(start + begin, start + end))
-            tiles.extend(looked_at)
+            before = looked_at
         start += len(ids)
         first_image += count
     return {
         "span_lengths": lengths,
         "span_tiles": counts,
-        "span_queries": torch.cat(queries),
-        "tiles": torch.tensor(tiles, dtype=torch.int64),
+        # Spans come in the order of the row and do not overlap.
+        "span_queries": None if sum(lengths) == start else torch.cat(queries),
+        "tiles": None if tiles == list(range(tile_mask.numel())) else torch.tensor(tiles, dtype=torch.int64),
         "belongs": belongs,
     }
 
@@ -106,23 +116,23 @@ def language_inputs(model: Any, row: Mapping[str, Any]) -> dict[str, Any]:
         model: A `MllamaForConditionalGeneration`.
         row: The packed row, on the device of the model.
     """
-    if "tiles" not in row:
+    if "belongs" not in row:
         return {}
     import torch
 
     from vlm.packing.attention import Segments, ends_of
 
-    vision, tiles = model.config.vision_config, row["tiles"]
+    vision, tiles, device = model.config.vision_config, row["tiles"], row["belongs"].device
     per_tile = (vision.image_size // vision.patch_size) ** 2 + 1
     lengths = [count * per_tile for count in row["span_tiles"]]
     segments = Segments(
-        ends_of(row["span_lengths"], tiles.device),
+        ends_of(row["span_lengths"], device),
         row["span_lengths"],
-        ends_of(lengths, tiles.device),
+        ends_of(lengths, device),
         lengths,
         causal=False,
         queries=row["span_queries"],
-        keys=(tiles[:, None] * per_tile + torch.arange(per_tile, device=tiles.device)).flatten(),
+        keys=None if tiles is None else (tiles[:, None] * per_tile + torch.arange(per_tile, device=device)).flatten(),
     )
     # Shape [1, 1, tokens, 1]: the feed-forward half of a cross-attention layer is for text behind an image only.
     belongs = row["belongs"].to(model.dtype)[None, None, :, None]

@@ -11,11 +11,14 @@ and a row's outputs change with its neighbours. The two hooks here hide the padd
 cross-attention off for the second. What remains is, for each row, what stock transformers computes for that row alone
 (its positions before the first image included, which do see the row's images there).
 
-A third hook hands image features to the projector in three dimensions. torch is imported when a hook runs.
+A third hook hands image features to the projector in three dimensions. The tower's two encoders would hold the outputs of
+all of their 40 layers until the last has run (0.13 GB each over eight images), of which five are asked for: here they hold
+those. torch is imported when a hook runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +37,41 @@ def keep_rows_apart(model: Any) -> None:
     """
     vision = model.config.vision_config
     keys_per_image = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
-    model.model.vision_model.register_forward_hook(_flatten)
+    tower = model.model.vision_model
+    tower.register_forward_hook(_flatten)
+    for encoder, wanted in ((tower.transformer, vision.intermediate_layers_indices), (tower.global_transformer, ())):
+        # Numbers may count from the end.
+        kept = frozenset(number % len(encoder.layers) for number in wanted)
+        encoder.forward = partial(_encode, encoder, encoder.forward, kept)
     text = model.model.language_model
     text.register_forward_pre_hook(partial(_hide_padding, keys_per_image), with_kwargs=True)
     for layer in text.layers:
         if hasattr(layer, "cross_attn"):
             layer.cross_attn.register_forward_hook(_skip_rows_without_images, with_kwargs=True)
+
+
+def _encode(
+    encoder: nn.Module,
+    stock: Callable[..., Any],
+    kept: frozenset[int],
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **others: Any,
+) -> Any:
+    """The layers in turn, with the outputs of those that are asked for and None for others.
+
+    Inputs are handed over by place and not by name: so they can wait in the host's memory.
+    """
+    if others:
+        return stock(hidden_states, attention_mask=attention_mask, **others)
+    from transformers.modeling_outputs import BaseModelOutput
+
+    outputs: list[torch.Tensor | None] = []
+    layers: Any = encoder.layers
+    for number, layer in enumerate(layers):
+        hidden_states = layer(hidden_states, attention_mask=attention_mask)
+        outputs.append(hidden_states if number in kept else None)
+    return BaseModelOutput(last_hidden_state=hidden_states, hidden_states=tuple(outputs))  # type: ignore[arg-type]
 
 
 def _flatten(module: nn.Module, args: Any, output: Any) -> Any:

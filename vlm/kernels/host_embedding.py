@@ -7,7 +7,8 @@ some 20 MB, half a millisecond over the bus. The host's pages are pinned and map
 address, and nobody waits for anybody. Without such a kernel, rows are gathered on the host, which then waits for the ids.
 
 The table is moved for the length of a training. The module's ``weight`` is meanwhile an attribute and no parameter:
-whoever moves a model's parameters to a device, or asks where they are, does not come across it.
+whoever moves a model's parameters to a device, or asks where they are, does not come across it. Where the device has no room
+for it when the training is over, as after an error that holds on to its tensors, it stays until the end of the next one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from vlm.kernels.triton_use import use_triton
 _LOGGER = logging.getLogger(__name__)
 # `cudaHostRegisterPortable | cudaHostRegisterMapped`.
 _REGISTER_FLAGS = 3
+# In a module's attributes: the device of a table that could not go back.
+_HOME = "_home_of_weight"
 
 
 def host_embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -67,6 +70,8 @@ def why_not(model: Any) -> str | None:
         model: The base model, with or without an adapter on it.
     """
     module = model.get_input_embeddings()
+    if _HOME in module.__dict__:
+        return None
     # The exact type: what is derived from it, or wraps it for an adapter, computes something else.
     if type(module) is not torch.nn.Embedding:
         return f"the module is a {type(module).__name__}"
@@ -102,24 +107,44 @@ def embedding_on_host(model: Any) -> Iterator[bool]:
         yield False
         return
     module = model.get_input_embeddings()
-    parameter = module.weight
-    device = parameter.device
-    if device.type != "cpu":
-        parameter.data = copy_on_host(parameter.data)
-        # Or the memory would stay with PyTorch, where graphs cannot use it.
-        torch.cuda.empty_cache()
-    del module._parameters["weight"]
-    module.__dict__ |= {"weight": parameter, "forward": partial(_forward, module)}
+    if _HOME not in module.__dict__:
+        parameter = module.weight
+        module.__dict__[_HOME] = parameter.device
+        try:
+            if parameter.device.type != "cpu":
+                parameter.data = copy_on_host(parameter.data)
+                # Or the memory would stay with PyTorch, where graphs cannot use it.
+                torch.cuda.empty_cache()
+        except BaseException:
+            del module.__dict__[_HOME]
+            raise
+        del module._parameters["weight"]
+        module.__dict__ |= {"weight": parameter, "forward": partial(_forward, module)}
     try:
         yield True
     finally:
-        if device.type != "cpu":
-            host = parameter.data
-            parameter.data = host.to(device)
-            unpin(host)
-        for name in ("weight", "forward"):
-            del module.__dict__[name]
-        module._parameters["weight"] = parameter
+        _bring_back(module)
+
+
+def _bring_back(module: Any) -> None:
+    parameter, device = module.weight, module.__dict__[_HOME]
+    try:
+        parameter.data = _returned(parameter.data, device)
+    except torch.OutOfMemoryError:
+        _LOGGER.warning("the input embedding stays in the host's memory: the device has no room for it")
+        return
+    for name in ("weight", "forward", _HOME):
+        del module.__dict__[name]
+    module._parameters["weight"] = parameter
+
+
+def _returned(host: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return host
+    torch.cuda.empty_cache()
+    table = host.to(device)
+    unpin(host)
+    return table
 
 
 def _forward(module: Any, ids: Tensor) -> Tensor:

@@ -6,6 +6,10 @@ are, because the layers after them have been freed by the time that they run aga
 vision tower, being narrower, gives back more bytes per operation. What is left of a recomputed layer, its input, can wait
 in the host's memory.
 
+CUDA graphs, which are what makes small steps fast, want memory of their own (`vlm.training.memory`). Where the host is what a
+step waits for, they come before kept activations: recomputing a layer costs a launch. Where it is not, they get what is left.
+Where there is no room for them, they are not tried.
+
 Before any of this, where not everything fits, a frozen input embedding that is not the head's, too, moves to the host's
 memory (`vlm.kernels.host_embedding`): reading its rows there costs less than recomputing a single layer.
 """
@@ -13,6 +17,7 @@ memory (`vlm.kernels.host_embedding`): reading its rows there costs less than re
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,7 +26,7 @@ ActivationMode = Literal["auto", "keep", "recompute", "offload"]
 # A layer that computes for 5 ms, both ways, is longer at work than its launches take.
 LAUNCH_BOUND_OPERATIONS = 4e12
 # Of the device's memory: the allocator cannot use all of it, and estimates err.
-_USABLE_SHARE = 0.9
+USABLE_SHARE = 0.9
 # On a CPU a step that needs no more than this keeps its activations: memory is no worry then.
 _CPU_BYTES = 2 << 30
 
@@ -38,6 +43,8 @@ class ActivationPlan:
     """Whether inputs of recomputed layers wait in the host's memory."""
     embedding_on_host: bool = False
     """Whether the input embedding lies in the host's memory."""
+    cuda_graphs: bool = False
+    """Whether layers of steps that are too small to keep a GPU busy are replayed as CUDA graphs."""
 
     @property
     def recomputes_all(self) -> bool:
@@ -63,6 +70,8 @@ def choose_activations(
     expected_bytes: Callable[[ActivationPlan], int],
     device_memory_bytes: int | None,
     embedding_can_move: bool = False,
+    graphs: bool = False,
+    launch_bound: bool = False,
 ) -> ActivationPlan:
     """Settles the plan of a training.
 
@@ -70,34 +79,45 @@ def choose_activations(
         mode: As configured.
         num_vision_layers: Trained layers of the vision tower; 0 for a frozen one, which keeps nothing.
         num_language_layers: Layers of the language model.
-        expected_bytes: Memory of the costliest step under a plan.
+        expected_bytes: Memory of the costliest step under a plan, that of CUDA graphs included.
         device_memory_bytes: What there is; None on a CPU.
         embedding_can_move: Whether the input embedding is frozen and not the head's, too.
+        graphs: Whether small steps may be replayed as CUDA graphs, if there is room.
+        launch_bound: Whether the language model's part of the step takes as long as its launches.
 
     Returns:
-        For ``auto`` on a CPU, all or nothing. On a GPU, the fewest recomputed layers with which the step fits; everything recomputed and offloaded where
-        nothing fits. The embedding goes to the host with ``offload``, and with ``auto`` where not all fits as it is.
+        For ``auto`` on a CPU, all or nothing. On a GPU, the fewest recomputed layers with which the step fits, for a
+        launch-bound one with graphs if it fits with them at all; everything recomputed and offloaded where nothing fits. The
+        embedding goes to the host with ``offload``, and with ``auto`` where not all fits as it is.
     """
-    if mode == "keep":
-        return ActivationPlan(0, 0)
     all_vision = None if num_vision_layers else 0
     everything = ActivationPlan(all_vision, None)
     host = embedding_can_move
     offloaded = ActivationPlan(all_vision, None, offload=True, embedding_on_host=host)
     if mode == "offload":
         return offloaded
-    if mode == "recompute":
-        return everything
-    if device_memory_bytes is None:
-        kept = ActivationPlan(0, 0)
-        return kept if expected_bytes(kept) <= _CPU_BYTES else everything
-    budget = int(_USABLE_SHARE * device_memory_bytes)
-    candidates = [ActivationPlan(number, 0, embedding_on_host=host) for number in range(num_vision_layers)]
-    candidates += [ActivationPlan(all_vision, number, embedding_on_host=host) for number in range(num_language_layers)]
-    candidates += [replace(everything, embedding_on_host=host), offloaded]
-    # A single recomputed layer saves nothing, since it is whole again while it runs backward: memory falls from there on.
-    for part in ([ActivationPlan(0, 0)], candidates[:1], candidates[1:]):
-        found = bisect.bisect_left(part, True, key=lambda plan: expected_bytes(plan) <= budget)
-        if found < len(part):
-            return part[found]
+    budget = math.inf if device_memory_bytes is None else int(USABLE_SHARE * device_memory_bytes)
+
+    def fits(plan: ActivationPlan) -> bool:
+        return expected_bytes(plan) <= budget
+
+    def with_graphs(plan: ActivationPlan) -> ActivationPlan:
+        captured = replace(plan, cuda_graphs=True)
+        return captured if graphs and fits(captured) else plan
+
+    keeps = mode == "keep"
+    if mode == "auto" and device_memory_bytes is None:
+        keeps = expected_bytes(ActivationPlan(0, 0)) <= _CPU_BYTES
+    if mode != "auto" or device_memory_bytes is None:
+        return with_graphs(ActivationPlan(0, 0) if keeps else everything)
+    some = [ActivationPlan(number, 0, embedding_on_host=host) for number in range(num_vision_layers)]
+    some += [ActivationPlan(all_vision, number, embedding_on_host=host) for number in range(num_language_layers)]
+    some += [replace(everything, embedding_on_host=host)]
+    for captured in (True, False) if graphs and launch_bound else (False,):
+        candidates = [replace(plan, cuda_graphs=captured) for plan in some]
+        # A single recomputed layer saves nothing, since it is whole again while it runs backward: memory falls from there on.
+        for part in ([ActivationPlan(0, 0, cuda_graphs=captured)], candidates[:1], candidates[1:]):
+            found = bisect.bisect_left(part, True, key=fits)
+            if found < len(part):
+                return with_graphs(part[found])
     return offloaded

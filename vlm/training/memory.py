@@ -11,7 +11,13 @@ and K that of its keys (Q is H):
 
 A recomputed layer keeps its input, and is whole again while its backward pass runs. Layers that are CUDA graphs
 (`vlm.training.capture`) work on padded rows; their inputs and the last one's output lie at fixed addresses, with two more for
-gradients, and stay there while the other tower is at work.
+gradients, and stay there while the other tower is at work. What a graph works in is nobody else's while it exists, and
+the same again is needed where the layer runs without one, as it does before it is recorded.
+
+Where images are looked at through layers of their own (`vlm.families.family.CrossAttention`), each of these keeps keys and
+values of all image positions, the projections' outputs among them, beside the text; features wait until the last of them
+has run backward, and their gradient grows meanwhile. Checked against tensors counted one by one at the shapes of Llama 3.2
+Vision 90B and 11B.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlm.families import Family
+from vlm.families.family import CrossAttention
 from vlm.kernels.limits import HEAD_CHUNK_BYTES, HEAD_COPIES
 from vlm.training.activation import LAUNCH_BOUND_OPERATIONS, ActivationPlan, rounded
 
@@ -39,6 +46,11 @@ _MORE_SLOTS = 3
 # PyTorch gives each thread that multiplies matrices (one forward, one backward) such a workspace on each stream that it does
 # so on; graphs of each tower are recorded on one more. This is its size on cards since Hopper; older ones take a quarter.
 _WORKSPACE_BYTES, _THREADS = 32 * 2**20, 2
+# Cross-attention, per position of the tower: keys before and after their norm, values, and copies where a text looks at some
+# tiles only; gradients of the three while it runs backward. Per token: queries before their norm, and a copy of outputs.
+_CROSS_KEY_UNITS, _CROSS_GRADIENT_UNITS, _CROSS_TEXT_UNITS = 4.0, 3.0, 2.0
+# The sum of the features' gradients, and the next one to be added.
+_FEATURE_GRADIENTS = 2
 # The share of the activation estimate that no run has been seen to stay under.
 _CERTAIN_SHARE = 0.7
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}
@@ -132,6 +144,20 @@ class Tower:
                 waiting += (min(num_recomputed, _OFFLOADS_IN_FLIGHT) if offload else num_recomputed) * self.hidden
         return unit * waiting + slots, unit * working
 
+    def pool_bytes(self, length_tokens: int, value_bytes: int, *, recomputed: bool, fused: bool) -> float:
+        """Bytes that CUDA graphs work in, apart from those that the same layers take without; 0 where there are none.
+
+        Args:
+            length_tokens: As above.
+            value_bytes: As above.
+            recomputed: Whether any layer is.
+            fused: As above.
+        """
+        if not self.slot_bytes(length_tokens, value_bytes):
+            return 0.0
+        layer = self.working_values(fused=fused) + (self.kept_values(fused=fused) if recomputed else 0)
+        return rounded(length_tokens) * value_bytes * layer
+
     def slot_bytes(self, length_tokens: int, value_bytes: int) -> float:
         """Bytes at fixed addresses where layers may be replayed as CUDA graphs; 0 where a row is too long for that.
 
@@ -152,20 +178,38 @@ class MemoryEstimate:
     """The checkpoint as stored, without what lies in the host's memory."""
     adapter_bytes: int
     """Adapter weights, their gradients and the optimiser's state."""
-    activations_bytes: int
-    """Stored activations of the costliest micro-batch."""
+    language_bytes: int
+    """Activations of the costliest micro-batch while the language model runs backward."""
+    vision_bytes: int
+    """Activations while the vision tower does, whose turn comes last."""
     logits_bytes: int
     """The language-model head over one chunk of supervised tokens."""
     dense_bytes: int
     """Weights of the widest product, which are made or put together while it runs."""
     workspace_bytes: int
     """Workspaces of the matrix library."""
+    pool_bytes: int
+    """Memory that only CUDA graphs work in; the allocator has it reserved and not allocated."""
+
+    @property
+    def activations_bytes(self) -> int:
+        """Activations at the peak."""
+        return max(self.language_bytes, self.vision_bytes)
 
     @property
     def expected_bytes(self) -> int:
-        """What the step probably needs."""
-        fixed = self.weights_bytes + self.adapter_bytes + self.logits_bytes + self.dense_bytes + self.workspace_bytes
-        return fixed + self.activations_bytes
+        """What the step probably has allocated at its peak."""
+        return self.fixed_bytes + self.activations_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All of it but activations."""
+        return self.weights_bytes + self.adapter_bytes + self.logits_bytes + self.dense_bytes + self.workspace_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What there must be for it: with what is set aside for CUDA graphs."""
+        return self.expected_bytes + self.pool_bytes
 
     @property
     def at_least_bytes(self) -> int:
@@ -226,7 +270,6 @@ def estimate_memory(
     activations: ActivationPlan,
     fused: bool,
     optimizer: str,
-    captured: bool = False,
     patches_per_token: int | None = None,
     on_gpu: bool = True,
 ) -> MemoryEstimate:
@@ -241,10 +284,9 @@ def estimate_memory(
         length_tokens: Padded tokens of the micro-batch.
         num_visual_tokens: Visual tokens in it.
         value_bytes: Bytes of one activation.
-        activations: Which layers are recomputed, and what lies in the host's memory.
+        activations: Which layers are recomputed, what lies in the host's memory, and whether there are CUDA graphs.
         fused: Whether the fused pieces are used.
         optimizer: ``adamw`` or ``adamw_8bit``.
-        captured: Whether layers of small steps are replayed as CUDA graphs.
         patches_per_token: Patches behind one visual token, where the configuration does not tell.
         on_gpu: Whether products run on a GPU, whose library has workspaces.
 
@@ -252,7 +294,8 @@ def estimate_memory(
         The parts of the estimate.
     """
     language, vision, merged_patches = towers(config, family)
-    captured = captured and not activations.offload
+    captured = activations.cuda_graphs and not activations.offload
+    num_positions = num_visual_tokens * (patches_per_token or merged_patches)
     language_waits, language_works = language.activation_bytes(
         length_tokens,
         value_bytes,
@@ -262,7 +305,7 @@ def estimate_memory(
         captured=captured,
     )
     vision_waits, vision_works = vision.activation_bytes(
-        num_visual_tokens * (patches_per_token or merged_patches),
+        num_positions,
         value_bytes,
         num_recomputed=activations.recomputed_vision,
         offload=activations.offload,
@@ -270,17 +313,58 @@ def estimate_memory(
         fused=fused,
         captured=captured,
     )
-    # Slots of one tower stay while the other runs backward, whose turn comes last.
-    slots = language.slot_bytes(length_tokens, value_bytes) if captured else 0.0
+    if family.cross_attention is not None and num_positions:
+        cross = family.cross_attention(config)
+        waits, works = _cross_bytes(
+            cross, language, length_tokens, num_positions, value_bytes, activations.recomputed_language
+        )
+        language_waits, language_works = language_waits + waits, language_works + works
+        mask = float(num_positions * cross.mask_values * value_bytes)
+        if trains_vision:
+            vision_waits += mask
+        else:
+            vision_works += mask
+    slots = pool = 0.0
+    if captured:
+        # Slots of one tower stay while the other runs backward, whose turn comes last.
+        slots = language.slot_bytes(length_tokens, value_bytes)
+        pools = [
+            tower.pool_bytes(length, value_bytes, recomputed=number != 0, fused=fused)
+            for tower, length, number in (
+                (language, length_tokens, activations.recomputed_language),
+                (vision, num_positions * trains_vision, activations.recomputed_vision),
+            )
+        ]
+        # Both work in the same memory where nothing of one outlives its pass.
+        pool = max(pools) if activations.recomputes_all else sum(pools)
     vocabulary = int((config.get("text_config") or config).get("vocab_size") or config.get("vocab_size") or 0)
     return MemoryEstimate(
         weights_bytes=weights_bytes
         - (vocabulary * language.hidden * value_bytes if activations.embedding_on_host else 0),
         adapter_bytes=int(num_trainable * (4 + 4 + _OPTIMIZER_BYTES[optimizer])),
         # The backward pass is through with the language model when it comes to the vision tower.
-        activations_bytes=int(vision_waits + max(language_waits + language_works, slots + vision_works)),
+        language_bytes=int(vision_waits + language_waits + language_works),
+        vision_bytes=int(vision_waits + slots + vision_works),
+        pool_bytes=int(pool),
         # The fused block of gate and up is one product.
         dense_bytes=value_bytes * language.hidden * language.intermediate * (2 if fused and language.gated else 1),
         workspace_bytes=_WORKSPACE_BYTES * _THREADS * (3 if captured else 1) if on_gpu else 0,
         logits_bytes=int(HEAD_COPIES * min(length_tokens * vocabulary * 4, HEAD_CHUNK_BYTES)),
     )
+
+
+def _cross_bytes(
+    cross: CrossAttention,
+    language: Tower,
+    length_tokens: int,
+    num_positions: int,
+    value_bytes: int,
+    num_recomputed: int | None,
+) -> tuple[float, float]:
+    """Bytes that layers for image features keep beside what every layer does, and bytes while one runs backward."""
+    layer = num_positions * _CROSS_KEY_UNITS * language.key_value + length_tokens * _CROSS_TEXT_UNITS * language.hidden
+    num_kept = 0 if num_recomputed is None else sum(number >= num_recomputed for number in cross.layers)
+    gradients = _FEATURE_GRADIENTS * language.hidden + _CROSS_GRADIENT_UNITS * language.key_value
+    waiting = num_kept * layer + num_positions * language.hidden
+    working = num_positions * gradients + (layer if num_kept < len(cross.layers) else 0)
+    return value_bytes * waiting, value_bytes * working

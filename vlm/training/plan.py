@@ -40,7 +40,10 @@ _EFFICIENT_PACK_TOKENS = 4096
 CPU_PACK_TOKENS = 1024
 # One more than a size that CUDA graphs are made for: where padding up to the next one costs most.
 _COUNTED_TOKENS = 1025
+_SUMS = ("activations_bytes", "expected_bytes", "reserved_bytes", "at_least_bytes")
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,10 @@ class PlanSummary(Summary):
     worst_sample: dict[str, Any]
     """The costliest row: `id`, `num_tokens`, `num_visual_tokens`, `image_sizes` as [height, width], for videos [frames, height, width]."""
     activations: dict[str, Any]
-    """The fields of an `ActivationPlan`: which layers are recomputed, and what lies in the host's memory."""
+    """The fields of an `ActivationPlan`: which layers are recomputed, what lies in the host's memory, and whether there are
+    CUDA graphs."""
     memory: dict[str, int]
-    """Bytes by part, `expected_bytes` and `at_least_bytes`, for the costliest micro-batch."""
+    """Bytes by part and sums of them, for the costliest micro-batch: the fields and properties of a `MemoryEstimate`."""
     device_memory_bytes: int | None
     """What the device has; None on a CPU."""
 
@@ -156,22 +160,21 @@ def make_plan(
             activations=activations,
             fused=training.fused_kernels,
             optimizer=optimizer,
-            captured=device == "cuda" and training.cuda_graphs,
             patches_per_token=family.patches_per_token(config) if family.patches_per_token else None,
             on_gpu=device == "cuda",
         )
 
-    # Two numbers give a bound of the cost of any row or micro-batch: what waits is linear in both counts, and of what works
-    # in language model and vision tower the larger counts.
-    def activation_costs(activations: ActivationPlan) -> tuple[int, int]:
-        bounds = (estimate(*counts, activations) for counts in ((_COUNTED_TOKENS, 0), (0, _COUNTED_TOKENS)))
-        # Whole numbers, whose sums are the same in any order.
-        text, image = (math.ceil(bound.activations_bytes / _COUNTED_TOKENS) for bound in bounds)
-        return text, image
+    # Bytes of any row or micro-batch at the two peaks, while the language model runs backward and while the vision tower does:
+    # both are linear in the counts of tokens and of visual ones. Of shape [rows, 2].
+    def costs(num_tokens: Counts, num_visual: Counts, activations: ActivationPlan) -> Counts:
+        text, image = (
+            # Whole numbers, whose sums are the same in any order.
+            [-(-size // _COUNTED_TOKENS) for size in (bound.language_bytes, bound.vision_bytes)]
+            for bound in (estimate(*counts, activations) for counts in ((_COUNTED_TOKENS, 0), (0, _COUNTED_TOKENS)))
+        )
+        return num_tokens[:, None] * np.array(text) + num_visual[:, None] * np.array(image)
 
-    text_cost, visual_cost = activation_costs(ActivationPlan(0, 0))
-    cost = text_cost * lengths + visual_cost * visual
-    worst = int(np.argmax(cost))
+    worst = int(np.argmax(costs(lengths, visual, ActivationPlan(0, 0)).max(1)))
     packing = training.packing and family.packing is not None
     if packing:
         share = max(1.0, min(_EFFICIENT_PACK_TOKENS, _step_tokens(lengths, training)) / lengths[worst])
@@ -181,7 +184,7 @@ def make_plan(
         batches, capacity = list(plan_batches(lengths, training)), None
         sizes = np.array([lengths[batch].max() * len(batch) for _, batch in batches])
         visual_of_batch = np.array([visual[batch].sum() for _, batch in batches])
-        costliest = int(np.argmax(text_cost * sizes + visual_cost * visual_of_batch))
+        costliest = int(np.argmax(costs(sizes, visual_of_batch, ActivationPlan(0, 0)).max(1)))
         largest = int(sizes[costliest]), int(visual_of_batch[costliest])
     device_memory = _device_memory_bytes(device)
     language, vision, _ = towers(config, family)
@@ -189,23 +192,24 @@ def make_plan(
         training.activation_memory,
         num_vision_layers=vision.num_layers if "vision" in trained_parts else 0,
         num_language_layers=language.num_layers,
-        expected_bytes=lambda plan: estimate(*largest, plan).expected_bytes,
+        expected_bytes=lambda plan: estimate(*largest, plan).reserved_bytes,
         device_memory_bytes=None if device_memory is None else device_memory - _CUDA_CONTEXT_BYTES,
         embedding_can_move=_embedding_can_move(config, adapter),
+        graphs=device == "cuda" and training.cuda_graphs,
+        launch_bound=language.slot_bytes(largest[0], _VALUE_BYTES[dtype]) > 0,
     )
     if packing:
-        text_cost, visual_cost = activation_costs(activations)
-        cost = text_cost * lengths + visual_cost * visual
+        cost = costs(lengths, visual, activations)
         # The head's chunk is its largest for a row of many tokens.
         fixed = estimate(1 << 20, 0, activations)
         budget = math.inf
         if device_memory is not None:
-            taken = fixed.expected_bytes - fixed.activations_bytes + _CUDA_CONTEXT_BYTES
+            taken = fixed.fixed_bytes + estimate(*largest, activations).pool_bytes + _CUDA_CONTEXT_BYTES
             budget = max(_USED_SHARE * device_memory - taken, float(cost.max()))
         batches, capacity = _packs(rows, lengths, visual, training, PackLimits(None, cost.astype(np.float64), budget))
         sizes = np.array([lengths[batch].sum() for _, batch in batches])
         visual_of_batch = np.array([visual[batch].sum() for _, batch in batches])
-        costliest = int(np.argmax(text_cost * sizes + visual_cost * visual_of_batch))
+        costliest = int(np.argmax(costs(sizes, visual_of_batch, activations).max(1)))
         largest = int(sizes[costliest]), int(visual_of_batch[costliest])
     peak = estimate(*largest, activations)
     sample = {
@@ -237,7 +241,7 @@ def make_plan(
         optimizer=optimizer,
         worst_sample=sample,
         activations=asdict(activations),
-        memory={**asdict(peak), "expected_bytes": peak.expected_bytes, "at_least_bytes": peak.at_least_bytes},
+        memory={**asdict(peak), **{name: getattr(peak, name) for name in _SUMS}},
         device_memory_bytes=device_memory,
     )
     output_dir.mkdir(parents=True, exist_ok=True)

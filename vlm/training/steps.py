@@ -31,8 +31,8 @@ class PackLimits:
 
     Attributes:
         tokens: Most tokens; None where memory alone counts.
-        cost: Bytes of each row at the peak, an array of shape [rows].
-        budget: Most bytes; infinite on a CPU.
+        cost: Bytes of each row at each of the peaks of a pass, an array of shape [rows, peaks].
+        budget: Most bytes at any of them; infinite on a CPU.
     """
 
     tokens: int | None
@@ -98,9 +98,10 @@ def plan_packs(lengths: Rows, visual: Rows, training: TrainingConfig, limits: Pa
     Yields:
         Pairs of the step, from 0, and the row numbers of a pack, the costliest pack of a step first.
     """
-    most = np.array([math.inf if limits.tokens is None else limits.tokens, math.inf, limits.budget])
+    tokens = math.inf if limits.tokens is None else limits.tokens
+    most = np.array([tokens, math.inf, *[limits.budget] * limits.cost.shape[1]])
     # Without limits all fits; the shares below still need finite numbers.
-    sizes = np.stack([lengths, visual, limits.cost], 1).astype(np.float64)
+    sizes = np.concatenate([np.stack([lengths, visual], 1), limits.cost], 1).astype(np.float64)
     for step, rows in rows_of_steps(len(lengths), training):
         own = sizes[rows]
         ceiling = np.minimum(most, np.maximum(own.sum(0), 1))
@@ -155,7 +156,7 @@ def full_pack_size(lengths: Rows, training: TrainingConfig, limits: PackLimits) 
             " data.max_length_tokens"
         )
     # The costliest token of any row bounds what a pack of so many tokens costs.
-    by_memory = limits.budget / float((limits.cost / lengths).max())
+    by_memory = limits.budget / float((limits.cost / lengths[:, None]).max())
     most = min(step, by_memory, math.inf if limits.tokens is None else limits.tokens)
     packs_per_step = max(1, min(math.ceil(step / most), step // longest))
     capacity = step // packs_per_step

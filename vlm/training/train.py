@@ -243,7 +243,7 @@ def _trainer(
     if activations.embedding_on_host:
         stack.enter_context(embedding_on_host(base))
     stacks = None
-    if training.cuda_graphs:
+    if activations.cuda_graphs:
         patches = towers(base.config.to_dict(), loaded.family)[2] * np.asarray(rows.num_visual_tokens)
         stacks = graph_stacks(
             peft_model,

@@ -15,6 +15,7 @@ done. What differs from the stock trainer, and why:
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
@@ -46,6 +47,7 @@ from vlm.training.loss import add_supervised_loss
 from vlm.training.shrinking import Shrinking
 
 Rows = Sequence[int]
+_LOGGER = logging.getLogger(__name__)
 
 
 class AdapterTrainer(SFTTrainer):
@@ -237,9 +239,21 @@ class AdapterTrainer(SFTTrainer):
                 return total
             model.zero_grad(set_to_none=True)
             del self._right[num_counts:]
+            if self._drop_graphs():
+                continue
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._shrinking.halve(rows[failed], self.state.global_step)
+
+    def _drop_graphs(self) -> bool:
+        """Gives up CUDA graphs, whose memory nothing else can use; False where there are none."""
+        holding = [stack for stack in self._stacks if stack.has_graphs]
+        for stack in holding:
+            stack.give_up(companions=True)
+            stack.release()
+        if holding:
+            _LOGGER.warning("out of memory in step %d; going on without CUDA graphs", self.state.global_step + 1)
+        return bool(holding)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -204,6 +204,28 @@ def test_images_reach_the_answer_and_gradients_the_first_vision_layer(tiny_run: 
     assert gradient.abs().max() > 1e-6
 
 
+def test_the_tower_holds_the_outputs_that_are_asked_for(tiny_run: Callable, plain: Any) -> None:
+    run = tiny_run("mllama")
+    batch = batch_of(run.loaded, run.dataset_dir, "train", [0])
+    given = {name: batch[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    towers = [model.model.vision_model for model in (run.loaded.model, plain)]
+    wanted = {number % 2 for number in towers[0].intermediate_layers_indices}
+    outputs: list[Any] = []
+    hooks = [
+        getattr(towers[0], name).register_forward_hook(lambda module, args, output: outputs.append(output))
+        for name in ("transformer", "global_transformer")
+    ]
+    with torch.no_grad():
+        found, expected = (tower(**given).last_hidden_state for tower in towers)
+    for hook in hooks:
+        hook.remove()
+    # The same operations on the same numbers; the shape is made flat for the projector.
+    assert torch.equal(found.flatten(), expected.flatten())
+    local, whole = ([state is not None for state in output.hidden_states] for output in outputs)
+    assert {number for number, kept in enumerate(local) if kept} == wanted
+    assert not any(whole)
+
+
 def test_positions_of_the_vision_tower(tiny_run: Callable) -> None:
     """Four tiles of 16 patches and a class token each, padded to a multiple of 8."""
     family = FAMILIES["mllama"]

@@ -171,6 +171,32 @@ def test_what_stays(tiny_run: Callable, caplog: pytest.LogCaptureFixture) -> Non
     assert why_not(tiny_run("gemma3").loaded.model) == "the module is a Gemma3TextScaledWordEmbedding"
 
 
+def test_a_device_without_room_gets_it_back_after_the_next_training(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Holder(torch.nn.Embedding(4, 3), torch.nn.Linear(3, 4))
+    module = model.embedding
+    weight, ids = module.weight, torch.tensor([2, 0])
+    expected = module(ids)
+
+    def full(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module_under_test, "_returned", full)
+        with pytest.raises(KeyError), embedding_on_host(model):
+            raise KeyError("the training's own error, which is not to be hidden")
+    assert "stays in the host's memory" in caplog.text
+    # It works as it is, and can be asked for again.
+    assert torch.equal(module(ids), expected)
+    assert why_not(model) is None
+    with embedding_on_host(model) as moved:
+        assert moved
+        assert torch.equal(module(ids), expected)
+    assert dict(module.named_parameters())["weight"] is weight
+    assert not {"weight", "forward", module_under_test._HOME} & set(module.__dict__)
+
+
 def planned_on_host(training: Training) -> Training:
     """Has a plan for the CPU do what one for a small GPU would."""
     path = training.root / "plan" / "plan.json"

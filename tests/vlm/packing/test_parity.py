@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.packing_rows import cut, packing_collator, packing_rows, summed_loss
+from tests.support.packing_rows import cut, packing_collator, packing_rows, pages, summed_loss
 from tests.support.rerun import Rerun
 from vlm.config import LoraConfig
 from vlm.data.prepared import PreparedRow
@@ -197,6 +197,27 @@ def test_a_spoilt_neighbour_changes_no_bit(setting: Callable[[str], Setting], mo
                     # Which of the victim's tokens an expert sees decides how many rows its matrix product has, and so
                     # the order in which the product's terms are summed: 1e-6 of values around 1.
                     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "num_spans"), [((112, 112), 3), ((56, 112), 6)], ids=["whole-canvas", "half"])
+def test_pages_looked_at_by_cross_attention(
+    setting: Callable[[str], Setting], size: tuple[int, int], num_spans: int
+) -> None:
+    """Text before an image sees all four tiles, text behind it the filled ones: one span where these are the same."""
+    made = setting("mllama")
+    rows = packing_rows(made.loaded.processing, pages(size))
+    batch = made.collator.pack(rows)
+    row = batch["packed_row"]
+    assert len(row["span_lengths"]) == num_spans
+    assert row["span_queries"] is None
+    assert (row["tiles"] is None) == (num_spans == 3)
+    assert_same(made.packed(rows), made.one_by_one(rows))
+    with packed(made.loaded.model, made.loaded.family), torch.no_grad():
+        clean = made.model(**_inputs(batch)).logits[0].split(row["lengths"])
+        spoilt = batch["pixel_values"].clone()
+        spoilt[0, 1] = torch.nan
+        found = made.model(**_inputs(batch | {"pixel_values": spoilt})).logits[0].split(row["lengths"])
+    assert [torch.equal(one, other) for one, other in zip(found, clean, strict=True)] == [True, False, True]
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Any]:

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.packing_rows import packing_collator, packing_rows, pages
 from tests.support.tiny_models import TINY
 from tests.support.tiny_runs import batch_of
 from vlm.config import LoraConfig, TrainingConfig
-from vlm.families import FAMILIES
+from vlm.families import FAMILIES, Family
 from vlm.kernels.install import fused
 from vlm.lora.attach import attached
 from vlm.lora.build import build_adapter
 from vlm.lora.peft_model import adapter_parameters, base_model
+from vlm.packing import attention
+from vlm.packing.model import packed
 from vlm.training.activation import ActivationPlan, choose_activations
-from vlm.training.memory import Tower, towers
+from vlm.training.memory import Tower, _cross_bytes, towers
 from vlm.training.recompute import recomputed
 
 
-def choose(mode: Any, memory: int | None, *, num_vision_layers: int = 4, embedding_bytes: int = 0) -> ActivationPlan:
+def choose(
+    mode: Any, memory: int | None, *, num_vision_layers: int = 4, embedding_bytes: int = 0, **graphs: bool
+) -> ActivationPlan:
     """With ten tokens of vision and of language, one byte a value."""
     vision, language = Tower(4, 8, 16, 8), Tower(6, 16, 64, 16)
 
     def expected(plan: ActivationPlan) -> int:
         parts = ((vision, plan.recomputed_vision), (language, plan.recomputed_language))
         layers = sum(sum(t.activation_bytes(10, 1, num_recomputed=n, offload=plan.offload)) for t, n in parts)
-        return int(layers) + (0 if plan.embedding_on_host else embedding_bytes)
+        pool = 500 if plan.cuda_graphs else 0
+        return int(layers) + pool + (0 if plan.embedding_on_host else embedding_bytes)
 
     seen[:] = [
         expected(ActivationPlan(0, 0)),
@@ -45,6 +53,7 @@ def choose(mode: Any, memory: int | None, *, num_vision_layers: int = 4, embeddi
         expected_bytes=expected,
         device_memory_bytes=memory,
         embedding_can_move=embedding_bytes > 0,
+        **graphs,
     )
     seen.append(expected(plan))
     return plan
@@ -99,6 +108,33 @@ def test_the_embedding_moves_before_anything_is_recomputed() -> None:
     assert choose("auto", 1, **own) == ActivationPlan(None, None, offload=True, embedding_on_host=True)
 
 
+def test_graphs_only_where_there_is_room() -> None:
+    choose("keep", 1)
+    keep, recompute, offload = seen[:3]
+    for mode, plan, least in (
+        ("keep", ActivationPlan(0, 0), keep),
+        ("recompute", ActivationPlan(None, None), recompute),
+    ):
+        for launch_bound in (False, True):
+            own = {"graphs": True, "launch_bound": launch_bound}
+            enough = int((least + 500) / 0.9) + 1
+            assert choose(mode, enough, **own) == dataclasses.replace(plan, cuda_graphs=True)
+            assert choose(mode, enough - 2, **own) == plan
+            assert choose(mode, enough, launch_bound=launch_bound) == plan
+    assert not choose("offload", 10**9, graphs=True, launch_bound=True).cuda_graphs
+    # What is kept without graphs would not fit with them.
+    memory = int((keep + 100) / 0.9)
+    assert choose("auto", memory, graphs=True) == ActivationPlan(0, 0)
+    # Where launches are what takes time, layers make room for graphs.
+    plan = choose("auto", memory, graphs=True, launch_bound=True)
+    assert plan.cuda_graphs
+    assert plan.recomputed_vision != 0
+    assert choose("auto", 2 * keep + 1000, graphs=True) == ActivationPlan(0, 0, cuda_graphs=True)
+    # Without room for them even so, all is as if there were none.
+    for memory in range(int(offload / 0.9) + 1, int((recompute + 499) / 0.9), 100):
+        assert choose("auto", memory, graphs=True, launch_bound=True) == choose("auto", memory)
+
+
 def test_the_older_name() -> None:
     assert TrainingConfig(gradient_checkpointing=True).activation_memory == "recompute"
     assert TrainingConfig(gradient_checkpointing=False).activation_memory == "keep"
@@ -108,6 +144,104 @@ def test_the_older_name() -> None:
         TrainingConfig(gradient_checkpointing="yes")
 
 
+def kept_values(base: Any, family: Family, call: Callable[[], Any]) -> dict[str, float]:
+    """Values per position that each layer's way forward keeps and none before it did, weights left out."""
+    counted: dict[str, float] = {}
+    known = {parameter.untyped_storage().data_ptr() for parameter in base.parameters()}
+    alive = []
+
+    def count(name: str, forward: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        num_bytes = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal num_bytes
+            storage = tensor.untyped_storage()
+            # Of one column are B, which is no part of what a position needs, and x Aᵀ, which is a few values of it.
+            if storage.data_ptr() not in known and tensor.shape[-1] != 1:
+                known.add(storage.data_ptr())
+                alive.append(storage)  # so that its address is not given to another
+                num_bytes += storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = forward(hidden, *args, **kwargs)
+        counted[name] = num_bytes / (hidden.numel() / hidden.shape[-1]) / hidden.element_size()
+        return output
+
+    layers = [
+        (name, module)
+        for name, module in base.named_modules()
+        if re.fullmatch(f"{family.language_layer}|{family.vision_layer}", name)
+    ]
+    for name, module in layers:
+        module.forward = partial(count, name, module.forward)
+    try:
+        call()
+    finally:
+        for _, module in layers:
+            del module.forward
+    return counted
+
+
+class Kernel(torch.autograd.Function):
+    """What the kernel for segments keeps, and no numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("size", "least", "most"), [((112, 112), 0.6, 1.0), ((56, 112), 0.75, 1.1)])
+def test_estimate_of_cross_attention_against_a_count(
+    tiny_run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int],
+    least: float,
+    most: float,
+) -> None:
+    """The estimate is for pages that take copies of keys and values; without them there is a third less to keep."""
+
+    def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
+        output: torch.Tensor = Kernel.apply(*(own.squeeze(0).transpose(0, 1) for own in (query, key, value)))
+        return output[None]
+
+    # As on a GPU: the other way repeats keys for each group of queries.
+    monkeypatch.setattr(attention, "takes_varlen", lambda query: True)
+    monkeypatch.setattr(attention, "_varlen", varlen)
+    run = tiny_run("mllama")
+    family = run.loaded.family
+    build_adapter(run.loaded, LoraConfig(rank=1), tmp_path)
+    batch = packing_collator(run.loaded).pack(packing_rows(run.loaded.processing, pages(size)))
+    with attached(run.loaded, tmp_path, trainable=True) as model, fused(base_model(model), family):
+        base = base_model(model.train())
+        with packed(base, family):
+            counted = kept_values(base, family, lambda: model(**batch, use_cache=False))
+        model.eval()
+    config = base.config.to_dict()
+    language = towers(config, family)[0]
+    assert family.cross_attention is not None
+    cross = family.cross_attention(config)
+    (number,) = cross.layers
+    num_tokens = batch["input_ids"].numel()
+    # A class token beside each tile's patches; without the padding of the tower's rows, which does not reach this layer.
+    num_positions = batch["pixel_values"].shape[1] * 4 * (config["vision_config"]["image_size"] ** 2 // 14**2 + 1)
+    kept, recomputed_too = (
+        _cross_bytes(cross, language, num_tokens, num_positions, 1, count)[0] for count in (0, None)
+    )
+    # The features themselves, which the layer is the first to keep.
+    features = num_positions * language.hidden / num_tokens
+    found = counted[f"model.language_model.layers.{number}"] - features
+    estimated = language.kept_values(fused=True) + (kept - recomputed_too) / num_tokens
+    assert least * estimated < found < most * estimated, (found, estimated, language.kept_values(fused=True))
+
+
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
 def test_estimate_of_what_layers_keep_against_a_count(tiny_run: Callable, tmp_path: Path, model_type: str) -> None:
     run = tiny_run(model_type)
@@ -115,44 +249,8 @@ def test_estimate_of_what_layers_keep_against_a_count(tiny_run: Callable, tmp_pa
     build_adapter(run.loaded, LoraConfig(rank=1), tmp_path)
     batch = batch_of(run.loaded, run.dataset_dir, "train", [0])
     del batch["attention_mask"]  # one row: without a mask of [tokens, tokens], as on a GPU
-    counted: dict[str, float] = {}
     with attached(run.loaded, tmp_path, trainable=True) as model, fused(base_model(model), family):
-        base = base_model(model.train())
-        known = {parameter.untyped_storage().data_ptr() for parameter in base.parameters()}
-        alive = []
-
-        def count(name: str, forward: Callable[..., Any], hidden: torch.Tensor, **kwargs: Any) -> Any:
-            num_bytes = 0
-
-            def pack(tensor: torch.Tensor) -> torch.Tensor:
-                nonlocal num_bytes
-                storage = tensor.untyped_storage()
-                # Of one column are B, which is no part of what a position needs, and x Aᵀ, which is a few values of it.
-                if storage.data_ptr() not in known and tensor.shape[-1] != 1:
-                    known.add(storage.data_ptr())
-                    alive.append(storage)  # so that its address is not given to another
-                    num_bytes += storage.nbytes()
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                output = forward(hidden, **kwargs)
-            counted[name] = num_bytes / (hidden.numel() / hidden.shape[-1]) / hidden.element_size()
-            return output
-
-        layers = [
-            (name, module)
-            for name, module in base.named_modules()
-            if re.fullmatch(f"{family.language_layer}|{family.vision_layer}", name)
-        ]
-        for name, module in layers:
-            module.forward = lambda *args, name=name, stock=module.forward, **kwargs: count(
-                name, stock, *args, **kwargs
-            )
-        try:
-            model(**batch, use_cache=False)
-        finally:
-            for _, module in layers:
-                del module.forward
+        counted = kept_values(base_model(model.train()), family, lambda: model(**batch, use_cache=False))
     config = json.loads((run.checkpoint_dir / "model" / "config.json").read_text())
     language, vision, _ = towers(config, family)
     # The first layer of each tower also counts what all share, such as positions.

@@ -1,5 +1,7 @@
 """When layers are captured, which graph serves which row, and what happens where there can be none."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,11 +33,13 @@ class Layer(nn.Module):
 class Tower:
     """Two layers behind a stack, and the same without."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, *, recompute: bool = True) -> None:
         torch.manual_seed(0)
         self.stack = stack
         self.layers = [Layer(), Layer()]
-        self.captured = [CapturedLayer(stack, own, own.forward, own.forward, recompute=True) for own in self.layers]
+        self.captured = [
+            CapturedLayer(stack, own, own.forward, own.forward, recompute=recompute) for own in self.layers
+        ]
 
     def run(self, layers: list[Any], length: int, **given: Any) -> list[Tensor]:
         """Output and gradients for a row of a length."""
@@ -158,6 +162,58 @@ def test_what_cannot_be_recorded_runs_all_the_same(at: int, caplog: pytest.LogCa
     assert stack.disabled
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "operation not permitted" in caplog.text
+    assert not stack.has_graphs
+    assert not stack._slots
+    assert not any(layer.buffers for layer in tower.captured)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("short_of_memory", [False, True])
+@pytest.mark.parametrize("at", [5, 6, 7, 8])  # graphs of the second stack: way forward, and way back
+def test_what_graphs_took_is_given_back(at: int, short_of_memory: bool, recompute: bool) -> None:
+    """The second of two towers fails, while the way back of the first, captured before, is still to come."""
+    num_recorded = 0
+    graphs: list[weakref.ref[Any]] = []
+
+    class Counted(Rerun):
+        def capture(self, function: Callable[[], None]) -> None:
+            nonlocal num_recorded
+            num_recorded += 1
+            if num_recorded == at:
+                raise torch.OutOfMemoryError("out of memory") if short_of_memory else RuntimeError("not permitted")
+            super().capture(function)
+            graphs.append(weakref.ref(self))
+
+    stacks = [Stack(Counted), Stack(Counted)]
+    stacks[0].companions, stacks[1].companions = [stacks[1]], [stacks[0]]
+    towers = [Tower(stack, recompute=recompute) for stack in stacks]
+    towers[0].check(50, **PACKED)
+    assert num_recorded == 4
+    first = list(graphs)
+    for _ in range(3):
+        x = torch.randn(1, 50, WIDTH)
+        outputs = []
+        for captured in (True, False):
+            y = x
+            for tower in towers:
+                for layer in tower.captured if captured else tower.layers:
+                    y = layer(y, segments=Segments(ends_of([50]), [50]))
+            (y * y).sum().backward()
+            own = [parameter for tower in towers for layer in tower.layers for parameter in layer.linear.parameters()]
+            outputs.append([y.detach().clone(), *(parameter.grad.clone() for parameter in own)])
+            for parameter in own:
+                parameter.grad = None
+        for one, other in zip(*outputs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert [stack.disabled for stack in stacks] == [short_of_memory, True]
+    del y
+    gc.collect()
+    alive = [graph for graph in graphs if graph() is not None]
+    # The first tower's graphs live on where memory was not the reason.
+    assert alive == ([] if short_of_memory else first)
+    for stack in stacks:
+        assert stack.has_graphs == (not stack.disabled)
+        assert bool(stack._slots) == (not stack.disabled)
 
 
 def test_a_replay_that_is_wrong_is_not_used() -> None:

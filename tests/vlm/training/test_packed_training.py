@@ -1,5 +1,6 @@
 """Training on packs against training on padded batches, and what happens when memory runs out."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.rerun import Rerun
 from tests.support.tiny_training import Training, fill
 from vlm.config import LoraConfig
 from vlm.errors import ResourceError
 from vlm.lora.build import build_adapter
+from vlm.training import capture, train
+from vlm.training.capture import Stack
 from vlm.training.plan import read_plan
 from vlm.training.shrinking import Shrinking
 
@@ -103,6 +107,47 @@ def test_out_of_memory_halves_the_packs_and_goes_on(
     # Once learnt, the limit holds for all further steps.
     assert sum(tokens > memory.most for tokens in memory.seen) == caplog.text.count("out of memory")
     assert losses(halved) == pytest.approx(losses(whole), abs=2e-5)
+
+
+def test_out_of_memory_gives_up_graphs_first(
+    tiny_run: Callable,
+    initial: Callable,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, start = tiny_run("qwen2_5_vl"), initial("qwen2_5_vl")
+    settings = {"batch_size": 4, "gradient_accumulation": 1, "log_every_steps": 1}
+    whole = trained(run, tmp_path / "whole", start, **settings)
+    stacks = Stack(Rerun), Stack(Rerun)
+    stacks[0].companions, stacks[1].companions = [stacks[1]], [stacks[0]]
+    monkeypatch.setattr(capture, "graph_stacks", lambda *args, **kwargs: stacks)
+    planned = train.read_plan
+    monkeypatch.setattr(
+        train,
+        "read_plan",
+        lambda folder: dataclasses.replace(
+            planned(folder), activations=planned(folder).activations | {"cuda_graphs": True}
+        ),
+    )
+    seen = []
+
+    def full(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        # Behind the vision tower, while its layers wait for their way back.
+        seen.append(any(stack.has_graphs for stack in stacks))
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("graphs and all else do not fit")
+
+    handle = run.loaded.model.model.language_model.norm.register_forward_pre_hook(full, with_kwargs=True)
+    try:
+        without = trained(run, tmp_path / "without", start, **settings)
+    finally:
+        handle.remove()
+    # Every step in one pack, the second twice.
+    assert seen[:4] == [True, True, False, False]
+    assert "going on without CUDA graphs" in caplog.text
+    assert "going on with at most" not in caplog.text
+    assert losses(without) == pytest.approx(losses(whole), abs=2e-5)
 
 
 def test_a_single_row_that_does_not_fit_ends_the_training(

@@ -61,7 +61,7 @@ Packs = list[tuple[int, list[int]]]
 
 
 def packs_of(training: TrainingConfig, tokens: int | None = None, budget: float = np.inf) -> Packs:
-    limits = PackLimits(tokens, (LENGTHS + 2 * VISUAL).astype(np.float64), budget)
+    limits = PackLimits(tokens, (LENGTHS + 2 * VISUAL).astype(np.float64)[:, None], budget)
     return [(step, rows.tolist()) for step, rows in plan_packs(LENGTHS, VISUAL, training, limits)]
 
 
@@ -94,7 +94,7 @@ def test_packs_keep_both_limits() -> None:
 def test_full_packs_see_every_row_once_per_epoch() -> None:
     lengths = np.random.default_rng(0).integers(50, 400, 1000)
     training = TrainingConfig(epochs=2, tokens_per_step=8192, max_tokens_per_pack=4096)
-    limits = PackLimits(4096, lengths.astype(np.float64), np.inf)
+    limits = PackLimits(4096, lengths[:, None].astype(np.float64), np.inf)
     capacity, packs_per_step = full_pack_size(lengths, training, limits)
     assert packs_per_step == 2
     packs = list(plan_full_packs(lengths, training, capacity, packs_per_step))
@@ -109,7 +109,7 @@ def test_full_packs_see_every_row_once_per_epoch() -> None:
 def test_full_packs_for_a_number_of_steps() -> None:
     lengths = np.random.default_rng(0).integers(50, 400, 300)
     training = TrainingConfig(max_steps=20, tokens_per_step=4096)
-    capacity, packs_per_step = full_pack_size(lengths, training, PackLimits(None, lengths * 1.0, np.inf))
+    capacity, packs_per_step = full_pack_size(lengths, training, PackLimits(None, lengths[:, None] * 1.0, np.inf))
     assert (capacity, packs_per_step) == (4096, 1)
     packs = list(plan_full_packs(lengths, training, capacity, packs_per_step))
     assert [step for step, _ in packs] == list(range(20))
@@ -120,8 +120,8 @@ def test_the_size_of_full_packs_follows_memory() -> None:
     lengths = np.array([100, 200, 300])
     training = TrainingConfig(max_steps=1, tokens_per_step=4000)
     cost = np.array([100.0, 400.0, 300.0])  # two bytes per token at most
-    assert full_pack_size(lengths, training, PackLimits(None, cost, 2500.0)) == (1000, 4)
+    assert full_pack_size(lengths, training, PackLimits(None, cost[:, None], 2500.0)) == (1000, 4)
     # A pack holds the longest row in any case.
-    assert full_pack_size(lengths, training, PackLimits(None, cost, 100.0)) == (307, 13)
+    assert full_pack_size(lengths, training, PackLimits(None, cost[:, None], 100.0)) == (307, 13)
     with pytest.raises(ConfigError, match="tokens_per_step 250 is less than the longest conversation's 300 tokens"):
-        full_pack_size(lengths, TrainingConfig(tokens_per_step=250), PackLimits(None, cost, np.inf))
+        full_pack_size(lengths, TrainingConfig(tokens_per_step=250), PackLimits(None, cost[:, None], np.inf))

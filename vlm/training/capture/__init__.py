@@ -13,7 +13,8 @@ At a few thousand tokens a step of a small model is the host's time, not the GPU
 - Gradients are added to buffers inside the graph; `grad` of a parameter is such a buffer.
 - The first replay of each graph is compared with what the layer gave without it.
 - A size is captured where no larger one will do, or where it has come a few times. A layer runs as it was where anything
-  is in the way: inputs that are not known here, a stack called twice in one pass, an error while capturing.
+  is in the way: inputs that are not known here, a stack called twice in one pass, an error while capturing. After an error
+  there are no more graphs, and what they took is given back.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def graph_stacks(
     limit, memory = LAUNCH_BOUND_OPERATIONS, Memory()
     # Kept activations of one tower lie in its memory while the other one works.
     other = memory if plan.recomputes_all else Memory()
-    return (
-        Stack(memory=memory, limit=limit, most_positions=most_patches),
-        Stack(memory=other, limit=limit, most_positions=most_tokens),
-    )
+    vision = Stack(memory=memory, limit=limit, most_positions=most_patches)
+    language = Stack(memory=other, limit=limit, most_positions=most_tokens)
+    vision.companions, language.companions = [language], [vision]
+    return vision, language

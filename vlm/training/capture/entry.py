@@ -70,6 +70,11 @@ class Entry:
         """Drops what the way forward kept, since part of the way back may have used it up."""
         self._kept = None
 
+    def drop(self) -> None:
+        """Drops the graphs if the layer's way back needs none: where nothing is kept, its input is enough."""
+        if self.layer.recompute:
+            self.forward = self.backward = None
+
     def run_forward(self) -> None:
         """The layer from slot to slot."""
         with torch.no_grad() if self.layer.recompute else torch.enable_grad():
@@ -145,6 +150,9 @@ class Replay(torch.autograd.Function):
         put(entry.dy, dy)
         entry.layer.accumulate(entry)
         ctx.running.done = True
+        stack = entry.layer.stack
+        if stack.disabled and stack.has_graphs and not stack.in_flight:
+            stack.release()
         return (_alias(entry.dx, ctx.num_positions) if entry.needs_x else None), None, None, None
 
 

@@ -73,12 +73,16 @@ class CapturedLayer:
             entry = self._entry(call)
         except NoGraphError as reason:
             stack.reasons[str(reason)] += 1
+            failed = stack.disabled
         else:
             stack.num_replays += 1
             running = Pass()
             self._running = weakref.ref(running)
             entry.inputs.used_by(running)
             return Replay.apply(call.hidden, _anchor(), entry, running)
+        if failed:
+            # Only here is nothing left of the attempt, whose error held on to what it had allocated.
+            stack.release()
         return self.eager(*args, **kwargs)
 
     def _entry(self, call: Call) -> Entry:
@@ -162,6 +166,8 @@ class CapturedLayer:
             except RuntimeError as error:
                 self._give_up(error)
                 entry.abandon()
+            if self.stack.disabled:
+                self.stack.release()
             if self.stack.flat is not None:
                 self.stack.flat.mark(own for own, _ in used)
         if entry.backward is not None:
@@ -180,9 +186,11 @@ class CapturedLayer:
         self.buffers = [given[own] if own in given else torch.zeros_like(own) for own in self.parameters]
 
     def _give_up(self, error: RuntimeError) -> None:
-        self.stack.disabled = True
+        # What one stack has given back would soon be another's.
+        self.stack.give_up(companions=isinstance(error, torch.OutOfMemoryError))
         self.stack.reasons[str(error).splitlines()[0]] += 1
-        _LOGGER.warning("layers run without CUDA graphs, which is slower: %s", error)
+        # Its text: whoever keeps the record would keep, through the error's frames, what they had allocated.
+        _LOGGER.warning("layers run without CUDA graphs, which is slower: %s", str(error))
 
 
 def _anchor() -> Tensor:

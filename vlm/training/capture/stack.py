@@ -136,6 +136,7 @@ class Stack:
         most_positions: Positions of the largest row to come, as far as known: a larger one throws away all graphs.
 
     Attributes:
+        companions: Stacks of the same model, which give up with this one where memory is what there is too little of.
         flat: Gives parameters' gradients their places, if they have any.
         num_replays: Calls that were replayed.
         reasons: Why the others ran without a graph, and how many.
@@ -156,6 +157,7 @@ class Stack:
         self.flat: FlatParameters | None = None
         self.reasons: Counter[str] = Counter()
         self.layers: list[CapturedLayer] = []
+        self.companions: list[Stack] = []
         self.disabled = False
         self.active: Shape | None = None
         self._position = -1
@@ -205,7 +207,7 @@ class Stack:
                 raise NoGraphError("pass without graphs")
             return self.active
         self.active = None
-        if any(layer.in_flight for layer in self.layers):
+        if self.in_flight:
             raise NoGraphError("called twice")
         if self._bounds.get((index, kind)) != bounds:
             # All that was captured of this kind is too small.
@@ -250,8 +252,46 @@ class Stack:
         self._shapes = {key: shape for key, shape in self._shapes.items() if shape is not self.active}
         self.active = None
 
+    def give_up(self, *, companions: bool) -> None:
+        """Says that there will be no more graphs; `release` gives back what those that are there took.
+
+        Args:
+            companions: Whether the model's other stacks give up, too.
+        """
+        for stack in (self, *(self.companions if companions else ())):
+            stack.disabled = True
+
+    def release(self) -> None:
+        """Gives back what graphs took, here and in companions that gave up, as far as no way back is waiting for it.
+
+        A layer that is recomputed goes back without a graph as well, from its input's slot. One that keeps its activations
+        has them in the graphs' memory, and slots are read until a pass is over: so this is called again then.
+        """
+        assert self.disabled
+        if torch.cuda.is_initialized():
+            # A graph may still run. It happens once or twice.
+            torch.cuda.synchronize()
+        for stack in (self, *self.companions):
+            if not stack.disabled:
+                continue
+            for shape in stack._shapes.values():
+                for entry in shape.entries.values():
+                    entry.drop()
+            if not stack.in_flight:
+                stack.clear()
+                for layer in stack.layers:
+                    layer.buffers = []
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a layer's way back is still to come."""
+        return any(layer.in_flight for layer in self.layers)
+
     def clear(self) -> None:
         """Throws away all graphs."""
+        self.active = None
         self._shapes.clear()
         self._slots.clear()
         self._capacity = 0
