@@ -1,4 +1,4 @@
-"""The built-in model: Qwen2.5-VL's architecture at toy size with random weights, made on the fly.
+"""The toy `builtin-random`: Qwen2.5-VL's architecture at toy size with random weights, made on the fly.
 
 It lets the whole pipeline run without a download; it knows nothing before it is trained. All widths are multiples of
 64, the block size of NF4, and the vision tower has both window and full attention, so that every code path of the real
