@@ -22,6 +22,8 @@ QUIET = {
     # Errors come back as exceptions and are printed once, here; the log would print them twice more.
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
+    # An interrupt from the keyboard ends the embedded server first, whose clients would print what they miss.
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
