@@ -118,8 +118,8 @@ def _lora_settings(run: Resolved) -> Json:
 
 
 def _training_settings(run: Resolved) -> Json:
-    # How often a checkpoint is written changes no result.
-    settings = run.config.training.model_dump(mode="json", exclude={"checkpoint_every_steps"})
+    # How often a checkpoint is written changes no result; on how many GPUs, none but for rounding.
+    settings = run.config.training.model_dump(mode="json", exclude={"checkpoint_every_steps", "distributed"})
     if run.config.training.tokens_per_step is not None:
         del settings["gradient_accumulation"]
     if run.config.training.generate_every_steps is None:
@@ -149,7 +149,9 @@ def _evaluation_settings(run: Resolved) -> Json:
 
 
 def _report_settings(run: Resolved) -> Json:
-    return run.config.model_dump(mode="json", exclude={"runtime", "tracking", "export"})
+    return run.config.model_dump(
+        mode="json", exclude={"runtime": True, "tracking": True, "export": True, "training": {"distributed"}}
+    )
 
 
 def _reference_settings(run: Resolved) -> Json:

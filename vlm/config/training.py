@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from vlm.config.base import Section
+from vlm.config.distributed import DistributedConfig
 from vlm.config.evaluation import MetricName
 from vlm.config.model import BUILTIN_MODEL
 
@@ -118,6 +119,9 @@ class TrainingConfig(Section):
         None,
         ge=1,
         description="Ends the training when what `keep_best` names did not improve so many times in a row; None never does.",
+    )
+    distributed: DistributedConfig = Field(
+        DistributedConfig(), description="Step 5 on several GPUs or machines; changes no result but for rounding."
     )
 
     @model_validator(mode="before")

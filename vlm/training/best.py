@@ -39,13 +39,13 @@ class KeepBest(TrainerCallback):
     Args:
         training: With `keep_best` and `early_stopping_patience`.
         work_dir: Receives the tensors.
-        save: Writes the adapter's tensors to a file.
+        save: Writes the adapter's tensors to a file; None in a process that leaves this to another.
 
     Attributes:
         figure: Name of the logged figure that is compared.
     """
 
-    def __init__(self, training: TrainingConfig, work_dir: Path, save: Callable[[Path], None]) -> None:
+    def __init__(self, training: TrainingConfig, work_dir: Path, save: Callable[[Path], None] | None) -> None:
         name = training.keep_best
         assert name != "none"
         self.figure = "eval_loss" if name == "loss" else ROUND_PREFIX + name
@@ -103,7 +103,7 @@ class KeepBest(TrainerCallback):
             folder: Of a complete checkpoint.
         """
         self._state = _State(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-        if self._state.step is not None:
+        if self._state.step is not None and self._save is not None:
             self._path.unlink(missing_ok=True)
             _link(folder / WEIGHTS_FILE, self._path)
 
@@ -123,9 +123,10 @@ class KeepBest(TrainerCallback):
             self._state.num_without_improvement = num_without_improvement
             return
         # Of equal ones the latest: a metric that is zero for long must not keep an adapter that learnt nothing.
-        draft = self._path.with_name(f".{WEIGHTS_FILE}")
-        self._save(draft)
-        os.replace(draft, self._path)
+        if self._save is not None:
+            draft = self._path.with_name(f".{WEIGHTS_FILE}")
+            self._save(draft)
+            os.replace(draft, self._path)
         self._state = _State(step, value, num_without_improvement)
 
     def _stop(self, control: Any) -> Any:

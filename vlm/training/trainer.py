@@ -10,6 +10,8 @@ done. What differs from the stock trainer, and why:
   micro-batches; logits are made a few rows at a time, and for supervised tokens only (`vlm.training.loss`).
 - validation loss is weighted by tokens, not by batches.
 - checkpoints hold the adapter's tensors only, are read back by our strict loader, and count when complete.
+- several processes train as one (`vlm.training.distributed`): each is a trainer that knows of no other until a step's
+  gradients are summed, so what runs on one GPU is what runs on many.
 - a quantised base does not turn the adapter to bfloat16 (TRL's default), where small updates get lost.
 """
 
@@ -42,6 +44,7 @@ from vlm.training.best import KeepBest
 from vlm.training.callbacks import Pace
 from vlm.training.capture import Stack
 from vlm.training.collator import IGNORED
+from vlm.training.distributed.ranks import Ranks
 from vlm.training.flat import FlatParameters
 from vlm.training.loss import add_supervised_loss
 from vlm.training.shrinking import Shrinking
@@ -67,6 +70,8 @@ class AdapterTrainer(SFTTrainer):
         split_groups: Changes the optimiser's parameter groups before its first step, given their names.
         stacks: Where the model's layers keep CUDA graphs.
         best: Keeps the best adapter, and is one of the callbacks; its state goes into the checkpoints.
+        ranks: This process among several, which have the same steps but for the micro-batches in them and the validation
+            batches; None where it is alone.
         callbacks: More `TrainerCallback`s.
     """
 
@@ -86,9 +91,12 @@ class AdapterTrainer(SFTTrainer):
         split_groups: Callable[[list[dict[str, Any]], dict[Any, str]], list[dict[str, Any]]] | None = None,
         stacks: Sequence[Stack] = (),
         best: KeepBest | None = None,
+        ranks: Ranks | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         self._best = best
+        self._ranks = ranks
+        self._have_met = False
         self._stacks = stacks
         self._flat: FlatParameters | None = None
         self._validation = validation
@@ -109,7 +117,7 @@ class AdapterTrainer(SFTTrainer):
             data_collator=partial(_collate_step, collate),
             train_dataset=steps,
             # Only its presence counts; `evaluate` below does the work.
-            eval_dataset=steps.select(range(1)) if validation else None,
+            eval_dataset=steps.select(range(1)) if validation or args.eval_strategy != "no" else None,
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
@@ -159,6 +167,8 @@ class AdapterTrainer(SFTTrainer):
         """Names of trained parameters that never had a gradient, over all of a resumed training."""
         parameters = adapter_parameters(self._peft_model)
         if self._flat is not None:
+            if self._ranks is not None:
+                self._flat.merge(self._ranks.sum)
             return self._flat.without_gradient(parameters)
         # Optimisers keep no state for them, and a resumed training gets the state back.
         assert self.optimizer is not None, "made when training began"
@@ -190,7 +200,14 @@ class AdapterTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         micro_batches = [micro_batch for step in batch_samples for micro_batch in step["micro_batches"]]
-        return super()._get_num_items_in_batch(micro_batches, device)
+        if self._ranks is None:
+            return super()._get_num_items_in_batch(micro_batches, device)
+        if not self._have_met:
+            # What is compiled or read first may take one process much longer than another.
+            self._ranks.wait()
+            self._have_met = True
+        own = sum(int((micro_batch["labels"][:, 1:] != IGNORED).sum()) for micro_batch in micro_batches)
+        return torch.tensor(int(self._ranks.agree([own])[0]), device=device)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The next step's batch, and how long it was waited for."""
@@ -218,6 +235,10 @@ class AdapterTrainer(SFTTrainer):
             ResourceError: A single row does not fit into memory.
         """
         rows, micro_batches = inputs["rows"], inputs["micro_batches"]
+        if self._ranks is not None:
+            # Dropout that no two processes share, and that a resumed training draws again.
+            seeds = np.random.SeedSequence([self.args.seed, self.state.global_step, self._ranks.rank])
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
         while True:
             parts = self._shrinking.parts(rows)
             if parts != rows:
@@ -236,7 +257,7 @@ class AdapterTrainer(SFTTrainer):
                     failed = number
                     break
             if failed is None:
-                return total
+                return total if self._ranks is None else self._combined(self._ranks, total, num_counts)
             model.zero_grad(set_to_none=True)
             del self._right[num_counts:]
             if self._drop_graphs():
@@ -244,6 +265,45 @@ class AdapterTrainer(SFTTrainer):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._shrinking.halve(rows[failed], self.state.global_step)
+
+    def _combined(self, ranks: Ranks, total: Any, num_counts: int) -> torch.Tensor:
+        """Sums gradients and figures over all processes, and learns whether any was asked to stop.
+
+        Args:
+            ranks: This process among the others.
+            total: Its part of the step's loss.
+            num_counts: Entries of `_right` before this step.
+
+        Returns:
+            The step's loss.
+        """
+        device = self.args.device
+        if self.accelerator.scaler is not None:
+            # It is made when it is first used, which in a process without a micro-batch would be too late.
+            self.accelerator.scaler.scale(torch.zeros((), device=device))
+        counts = [torch.stack([count.to(device) for count in pair]) for pair in self._right[num_counts:]]
+        figures = torch.zeros(3, dtype=torch.float64, device=device)
+        figures[0] = total
+        figures[1:] = sum(counts, start=torch.zeros(2, dtype=torch.int64, device=device))
+        learning = [parameter for parameter in self._peft_model.parameters() if parameter.requires_grad]
+        if self._flat is not None:
+            num_asked, *_ = ranks.agree([float(ranks.stop.asked is not None)])
+            gradients = self._flat.wholes
+        else:
+            # What nobody has a gradient for stays without, so that the optimiser passes it by.
+            num_asked, *having = ranks.agree(
+                [float(ranks.stop.asked is not None), *(float(own.grad is not None) for own in learning)]
+            )
+            gradients = []
+            for parameter, count in zip(learning, having, strict=True):
+                if count:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    gradients.append(parameter.grad)
+        ranks.stop.agree(num_asked)
+        ranks.add([figures, *gradients])
+        self._right[num_counts:] = [(figures[1], figures[2])]
+        return figures[0].float()
 
     def _drop_graphs(self) -> bool:
         """Gives up CUDA graphs, whose memory nothing else can use; False where there are none."""
@@ -264,7 +324,7 @@ class AdapterTrainer(SFTTrainer):
         was_training = model.training
         model.eval()
         total, num_tokens = 0.0, 0
-        for batch in _one_ahead(self._collate_validation, self._validation):
+        for batch in _one_ahead(self._collate_validation, self._validation) if self._validation else ():
             num_batch = int((batch["labels"][:, 1:] != IGNORED).sum())
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -273,6 +333,8 @@ class AdapterTrainer(SFTTrainer):
                 )
             total += float(mean) * num_batch
             num_tokens += num_batch
+        if self._ranks is not None:
+            total, num_tokens = self._ranks.sum([total, num_tokens])
         metrics = {f"{metric_key_prefix}_loss": total / max(num_tokens, 1)}
         self._right.clear()
         self.log(metrics)
@@ -320,6 +382,15 @@ class AdapterTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.perf_counter()
+        if self._ranks is not None and self._flat is not None:
+            self._flat.merge(self._ranks.sum)
+        if self._ranks is None or self._ranks.rank == 0:
+            self._write_checkpoint(model, trial)
+        if self._ranks is not None:
+            self._ranks.wait()
+        self._pace.leave_out(time.perf_counter() - started)
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
         folder = self._work_dir / f"checkpoint-{self.state.global_step}"
         if folder.exists():
             shutil.rmtree(folder)
@@ -329,7 +400,6 @@ class AdapterTrainer(SFTTrainer):
             self._best.store(folder)
         checkpoints.mark_complete(folder, self.state.global_step, self._identity)
         checkpoints.remove_others(self._work_dir, keep=folder)
-        self._pace.leave_out(time.perf_counter() - started)
 
 
 def _collate_step(collate: Callable[[Rows], dict[str, Any]], items: Sequence[Any]) -> dict[str, Any]:

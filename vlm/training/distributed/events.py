@@ -1,0 +1,80 @@
+"""What the processes of a training tell the one that started them: lines of JSON in one file per process. No torch.
+
+    {"pid": 4711}                                    first of all
+    {"step": 7}                                      a step is finished
+    {"step": 7, "log": {"loss": 0.5}}                figures, from process 0
+    {"warning": "out of memory in step …"}
+    {"interrupted": 7, "signal": 15}                 stopped as asked
+    {"error": "ConfigError", "message": "…", "trace": "…"}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+def events_file(folder: Path, local_rank: int) -> Path:
+    """Where a process of this machine writes.
+
+    Args:
+        folder: Of all processes of this machine.
+        local_rank: Its number on this machine.
+    """
+    return folder / f"process-{local_rank}.jsonl"
+
+
+class EventWriter(logging.Handler):
+    """Writes events, and warnings that are logged as such.
+
+    Args:
+        path: The process's own file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.WARNING)
+        self._handle = path.open("a", encoding="utf-8")
+        self.tell({"pid": os.getpid()})
+
+    def tell(self, event: Event) -> None:
+        """Appends an event.
+
+        Args:
+            event: What happened.
+        """
+        self._handle.write(json.dumps(event, default=float) + "\n")
+        self._handle.flush()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Passes a warning on."""
+        self.tell({"warning": record.getMessage()})
+
+
+class EventReader:
+    """Reads what was added to a process's file since the last time.
+
+    Args:
+        path: The file, which need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new(self) -> Iterator[Event]:
+        """Events not seen before; a line that is still being written is left for the next time."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as handle:
+            handle.seek(self._offset)
+            for line in handle:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield json.loads(line)
