@@ -102,7 +102,9 @@ class AnswerRounds(TrainerCallback):
                 max_new_tokens=self._max_new_tokens,
             )
         if self._ranks is not None:
-            parts = [[Prediction(**answer) for answer in part] for part in self._ranks.gather(list(map(asdict, answers)))]
+            parts = [
+                [Prediction(**answer) for answer in part] for part in self._ranks.gather(list(map(asdict, answers)))
+            ]
             answers = [parts[place % len(parts)][place // len(parts)] for place in range(len(self._numbers))]
         values = corpus_values(score_rows(answers, self._evaluation, self._names))
         self._log({ROUND_PREFIX + name: value for name, value in zip(self._names, values, strict=True)})

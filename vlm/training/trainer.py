@@ -323,7 +323,7 @@ class AdapterTrainer(SFTTrainer):
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        total, num_tokens = 0.0, 0
+        total, num_tokens = 0.0, 0.0
         for batch in _one_ahead(self._collate_validation, self._validation) if self._validation else ():
             num_batch = int((batch["labels"][:, 1:] != IGNORED).sum())
             inputs = self._prepare_inputs(batch)

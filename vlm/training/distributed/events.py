@@ -1,11 +1,12 @@
 """What the processes of a training tell the one that started them: lines of JSON in one file per process. No torch.
 
-    {"pid": 4711}                                    first of all
-    {"step": 7}                                      a step is finished
-    {"step": 7, "log": {"loss": 0.5}}                figures, from process 0
-    {"warning": "out of memory in step …"}
-    {"interrupted": 7, "signal": 15}                 stopped as asked
-    {"error": "ConfigError", "message": "…", "trace": "…"}
+Of each event the first name tells what it is:
+
+- ``pid``: the process is there.
+- ``step``: it is finished; from process 0 also ``log``, with the figures of the step.
+- ``warning``: what was logged as one.
+- ``interrupted``: stopped after this step as asked, by ``signal``.
+- ``error``: name of its class, with ``message`` and ``trace``.
 """
 
 from __future__ import annotations

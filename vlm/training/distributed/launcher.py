@@ -30,20 +30,18 @@ def main() -> int:
     path = Path(sys.argv[1])
     job = Job.read(path)
     several = job.training.distributed
-    if several.num_machines == 1:
-        meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
-    else:
-        assert several.main_address is not None
-        meeting = {"rdzv_backend": "static", "rdzv_endpoint": several.main_address, "run_id": "training"}
+    alone = several.num_machines == 1
     config = LaunchConfig(
         min_nodes=several.num_machines,
         max_nodes=several.num_machines,
         nproc_per_node=job.num_processes,
         rdzv_configs={"rank": several.machine_rank, "timeout": _MEETING_SECONDS},
         max_restarts=0,
-        local_addr="localhost" if several.num_machines == 1 else None,
+        rdzv_backend="c10d" if alone else "static",
+        rdzv_endpoint=several.main_address or "localhost:0",
+        run_id=uuid.uuid4().hex if alone else "training",
+        local_addr="localhost" if alone else None,
         logs_specs=DefaultLogsSpecs(log_dir=str(job.events_dir / "logs"), redirects=Std.ALL),
-        **meeting,
     )
     try:
         elastic_launch(config, sys.executable)("-m", _WORKER, str(path))

@@ -106,9 +106,7 @@ class Ranks:
             dist.all_gather(everybody, padded, group=self._patient)
         except RuntimeError as error:
             self._lost(error)
-        return [
-            json.loads(bytes(data[:size].tolist()).decode()) for data, size in zip(everybody, sizes, strict=True)
-        ]
+        return [json.loads(bytes(data[:size].tolist()).decode()) for data, size in zip(everybody, sizes, strict=True)]
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Sums tensors over all processes, in place.
@@ -218,9 +216,7 @@ def join(device: str, timeout_seconds: float) -> Ranks:
         local = int(os.environ["LOCAL_RANK"])
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = str(local) if visible is None else visible.split(",")[local].strip()
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds)
-    )
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
     for name in _LAUNCH_VARIABLES:
         os.environ.pop(name, None)
     return Ranks(timeout_seconds)
