@@ -52,6 +52,11 @@ class EventWriter(logging.Handler):
         self._handle.write(json.dumps(event, default=float) + "\n")
         self._handle.flush()
 
+    def close(self) -> None:
+        """Closes the file."""
+        self._handle.close()
+        super().close()
+
     def emit(self, record: logging.LogRecord) -> None:
         """Passes a warning on."""
         self.tell({"warning": record.getMessage()})
