@@ -39,13 +39,16 @@ class KeepBest(TrainerCallback):
     Args:
         training: With `keep_best` and `early_stopping_patience`.
         work_dir: Receives the tensors.
-        save: Writes the adapter's tensors to a file; None in a process that leaves this to another.
+        save: Writes the adapter's tensors to a file.
+        writes: False in a process that leaves files to another; it calls `save` all the same.
 
     Attributes:
         figure: Name of the logged figure that is compared.
     """
 
-    def __init__(self, training: TrainingConfig, work_dir: Path, save: Callable[[Path], None] | None) -> None:
+    def __init__(
+        self, training: TrainingConfig, work_dir: Path, save: Callable[[Path], None], *, writes: bool = True
+    ) -> None:
         name = training.keep_best
         assert name != "none"
         self.figure = "eval_loss" if name == "loss" else ROUND_PREFIX + name
@@ -53,6 +56,7 @@ class KeepBest(TrainerCallback):
         self._patience = training.early_stopping_patience
         self._path = work_dir / WEIGHTS_FILE
         self._save = save
+        self._writes = writes
         self._state = _State()
 
     @property
@@ -103,7 +107,7 @@ class KeepBest(TrainerCallback):
             folder: Of a complete checkpoint.
         """
         self._state = _State(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-        if self._state.step is not None and self._save is not None:
+        if self._state.step is not None and self._writes:
             self._path.unlink(missing_ok=True)
             _link(folder / WEIGHTS_FILE, self._path)
 
@@ -123,9 +127,9 @@ class KeepBest(TrainerCallback):
             self._state.num_without_improvement = num_without_improvement
             return
         # Of equal ones the latest: a metric that is zero for long must not keep an adapter that learnt nothing.
-        if self._save is not None:
-            draft = self._path.with_name(f".{WEIGHTS_FILE}")
-            self._save(draft)
+        draft = self._path.with_name(f".{WEIGHTS_FILE}")
+        self._save(draft)
+        if self._writes:
             os.replace(draft, self._path)
         self._state = _State(step, value, num_without_improvement)
 

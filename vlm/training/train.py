@@ -28,6 +28,7 @@ from vlm.lora.peft_model import (
 )
 from vlm.training import checkpoints
 from vlm.training.activation import ActivationPlan
+from vlm.training.collator import IGNORED
 from vlm.training.distributed.dealing import dealt_batches, dealt_packs, shares
 from vlm.training.interrupt import StopFlag, TrainingInterrupted
 from vlm.training.plan import BATCHES_FILE, PLAN_FILE, PlanSummary, read_plan
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from vlm.loading.checkpoint import LoadedModel
     from vlm.training.best import KeepBest
     from vlm.training.distributed.ranks import Ranks
+    from vlm.training.distributed.sharding import Sharded
     from vlm.training.rounds import AnswerRounds
     from vlm.training.trainer import AdapterTrainer
 
@@ -128,7 +130,14 @@ def train_adapter(
         stack.enter_context(_quiet())
         flag = stack.enter_context(StopFlag() if ranks is None else ranks.stop)
         peft_model = attach_adapter(loaded, adapter_dir, trainable=True)
-        stack.callback(detach_adapter, peft_model)
+        sharded = None
+        if ranks is not None and training.distributed.strategy == "fsdp2":
+            from vlm.training.distributed.sharding import Sharded
+
+            # For the rest of this process's life.
+            sharded = Sharded(peft_model, loaded.family, loaded.device, ranks)
+        else:
+            stack.callback(detach_adapter, peft_model)
         trainer, rounds, best = _trainer(
             loaded,
             peft_model,
@@ -146,6 +155,7 @@ def train_adapter(
             stack=stack,
             first_step=resume[0] if resume else 0,
             ranks=ranks,
+            sharded=sharded,
         )
         if best is not None and resume is not None:
             best.restore(resume[1])
@@ -163,8 +173,17 @@ def train_adapter(
             raise TrainingInterrupted(last_step, flag.signum)
         writes = ranks is None or ranks.rank == 0
         if writes:
-            _write_adapter(peft_model, adapter_dir, output_dir / "adapter", best)
-            (output_dir / "training").mkdir(parents=True, exist_ok=True)
+            for name in ("adapter", "training"):
+                (output_dir / name).mkdir(parents=True, exist_ok=True)
+        if best is None:
+            # All processes have a part in putting spread tensors together.
+            _save(peft_model, ranks, sharded, output_dir / "adapter" / WEIGHTS_FILE)
+        elif writes:
+            best.copy_to(output_dir / "adapter" / WEIGHTS_FILE)
+        for name in (CONFIG_FILE, TARGETS_FILE):
+            # Full fine-tuning has no configuration of an adapter.
+            if writes and (adapter_dir / name).is_file():
+                shutil.copyfile(adapter_dir / name, output_dir / "adapter" / name)
         return write_results(
             trainer.state.log_history,
             output_dir / "training" if writes else None,
@@ -179,16 +198,12 @@ def train_adapter(
         )
 
 
-def _write_adapter(peft_model: PeftModel, adapter_dir: Path, output_dir: Path, best: KeepBest | None) -> None:
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if best is not None:
-        best.copy_to(output_dir / WEIGHTS_FILE)
-    else:
-        save_tensors(peft_model, output_dir / WEIGHTS_FILE)
-    for name in (CONFIG_FILE, TARGETS_FILE):
-        # Full fine-tuning has no configuration of an adapter.
-        if (adapter_dir / name).is_file():
-            shutil.copyfile(adapter_dir / name, output_dir / name)
+def _save(peft_model: PeftModel, ranks: Ranks | None, sharded: Sharded | None, path: Path) -> None:
+    """Writes what learns, in the first process."""
+    if sharded is not None:
+        sharded.save(path)
+    elif ranks is None or ranks.rank == 0:
+        save_tensors(peft_model, path)
 
 
 def _checkpoint(work_dir: Path, identity: str, ranks: Ranks | None) -> tuple[int, Path] | None:
@@ -229,6 +244,7 @@ def _trainer(
     stack: ExitStack,
     first_step: int,
     ranks: Ranks | None,
+    sharded: Sharded | None,
 ) -> tuple[AdapterTrainer, AnswerRounds | None, KeepBest | None]:
     import datasets
 
@@ -275,7 +291,8 @@ def _trainer(
     if activations.embedding_on_host:
         stack.enter_context(embedding_on_host(base))
     stacks = None
-    if activations.cuda_graphs:
+    # Spread weights have no fixed address.
+    if activations.cuda_graphs and sharded is None:
         patches = towers(base.config.to_dict(), loaded.family)[2] * np.asarray(rows.num_visual_tokens)
         stacks = graph_stacks(
             peft_model,
@@ -296,17 +313,18 @@ def _trainer(
     if training.generate_every_steps is not None:
         rounds = AnswerRounds(peft_model, loaded.processing, dataset_dir, training, generation, evaluation, pace, ranks)
     if training.keep_best != "none":
-        writes = ranks is None or ranks.rank == 0
-        best = KeepBest(training, work_dir, partial(save_tensors, peft_model) if writes else None)
+        save = partial(_save, peft_model, ranks, sharded)
+        best = KeepBest(training, work_dir, save, writes=ranks is None or ranks.rank == 0)
     validation_lengths = np.asarray(validation.num_tokens)
     to_validate = validation_batches(validation_lengths, training.batch_size, plan)
     if ranks is not None:
-        own = shares(to_validate, validation_lengths, ranks.size)[ranks.rank]
-        to_validate = [to_validate[place] for place in own]
+        taken = shares(to_validate, validation_lengths, ranks.size)
+        dealt = [[to_validate[place] for place in places] for places in taken]
+        to_validate = _with_fillers(dealt, validation, sharded)[ranks.rank]
     trainer = AdapterTrainer(
         peft_model,
         training_arguments(training, plan, work_dir, report_to),
-        steps=_steps(batches, plan, lengths, np.asarray(rows.num_visual_tokens), ranks),
+        steps=_steps(batches, plan, rows, ranks, sharded),
         collate=partial(_collate, collate, rows),
         lengths=lengths,
         tokenizer=loaded.processing.tokenizer,
@@ -318,6 +336,7 @@ def _trainer(
         stacks=stacks or (),
         best=best,
         ranks=ranks,
+        sharded=sharded,
         # A round's figures come before they are compared, and the stop flag is looked at last, so that nothing else of
         # the step is left out.
         callbacks=[*own_callbacks, *callbacks, *filter(None, (rounds, best)), StopAtStepBoundary(flag)],
@@ -328,21 +347,38 @@ def _trainer(
 
 
 def _collate(collate: Callable[..., dict[str, Any]], rows: PreparedDataset, numbers: Sequence[int]) -> dict[str, Any]:
-    return collate([rows[number] for number in numbers])
+    if numbers[0] >= 0:
+        return collate([rows[number] for number in numbers])
+    # Complements stand for rows that are only there to be computed.
+    batch = collate([rows[~number] for number in numbers])
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
 
-def _steps(batches: Any, plan: PlanSummary, lengths: np.ndarray, visual: np.ndarray, ranks: Ranks | None) -> Any:
+def _steps(batches: Any, plan: PlanSummary, rows: PreparedDataset, ranks: Ranks | None, sharded: Sharded | None) -> Any:
     """The plan's micro-batches by step, or this process's part of them, as the trainer's dataset."""
     import datasets
 
     steps: list[list[list[int]]] = [[] for _ in range(plan.num_steps)]
-    for step, rows in zip(batches["step"], batches["rows"], strict=True):
-        steps[step].append(list(rows))
+    for step, numbers in zip(batches["step"], batches["rows"], strict=True):
+        steps[step].append(list(numbers))
     if ranks is not None:
         deal = dealt_packs if plan.packing else dealt_batches
-        steps = [deal(parts, lengths, visual, ranks.size)[ranks.rank] for parts in steps]
+        lengths, visual = np.asarray(rows.num_tokens), np.asarray(rows.num_visual_tokens)
+        steps = [_with_fillers(deal(parts, lengths, visual, ranks.size), rows, sharded)[ranks.rank] for parts in steps]
     feature = datasets.List(datasets.List(datasets.Value("int64")))
     return datasets.Dataset.from_dict({"micro_batches": steps}, datasets.Features({"micro_batches": feature}))
+
+
+def _with_fillers(
+    dealt: list[list[list[int]]], rows: PreparedDataset, sharded: Sharded | None
+) -> list[list[list[int]]]:
+    """Equally many micro-batches for each process, where all must put the same layers together: with rows that do not count."""
+    if sharded is None or not any(dealt):
+        return dealt
+    # Without images where there is such a row, then the shortest.
+    order = np.lexsort((np.asarray(rows.num_tokens), np.asarray(rows.num_visual_tokens)))
+    most = max(map(len, dealt))
+    return [parts + [[~int(order[0])]] * (most - len(parts)) for parts in dealt]
 
 
 def validation_batches(lengths: np.ndarray, batch_size: int, plan: PlanSummary) -> list[list[int]]:

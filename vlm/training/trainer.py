@@ -26,17 +26,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, ResourceError
 from vlm.families.pixels import PixelBytes
 from vlm.lora.peft_model import WEIGHTS_FILE, adapter_parameters, base_model, load_tensors, save_tensors
 from vlm.training import checkpoints
@@ -44,10 +45,13 @@ from vlm.training.best import KeepBest
 from vlm.training.callbacks import Pace
 from vlm.training.capture import Stack
 from vlm.training.collator import IGNORED
-from vlm.training.distributed.ranks import Ranks
+from vlm.training.distributed.ranks import Ranks, is_spread
 from vlm.training.flat import FlatParameters
 from vlm.training.loss import add_supervised_loss
 from vlm.training.shrinking import Shrinking
+
+if TYPE_CHECKING:
+    from vlm.training.distributed.sharding import LocalShards, Sharded
 
 Rows = Sequence[int]
 _LOGGER = logging.getLogger(__name__)
@@ -72,6 +76,7 @@ class AdapterTrainer(SFTTrainer):
         best: Keeps the best adapter, and is one of the callbacks; its state goes into the checkpoints.
         ranks: This process among several, which have the same steps but for the micro-batches in them and the validation
             batches; None where it is alone.
+        sharded: Set where the model is spread over the processes.
         callbacks: More `TrainerCallback`s.
     """
 
@@ -92,10 +97,14 @@ class AdapterTrainer(SFTTrainer):
         stacks: Sequence[Stack] = (),
         best: KeepBest | None = None,
         ranks: Ranks | None = None,
+        sharded: Sharded | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         self._best = best
         self._ranks = ranks
+        self._sharded = sharded
+        self._shards: LocalShards | None = None
+        self._gathered: tuple[dict[str, torch.Tensor], dict[str, Any] | None] | None = None
         self._have_met = False
         self._stacks = stacks
         self._flat: FlatParameters | None = None
@@ -110,7 +119,11 @@ class AdapterTrainer(SFTTrainer):
         self._pace = pace
         self._split_groups = split_groups
         self._right: list[tuple[torch.Tensor, torch.Tensor]] = []
-        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        trained = [
+            (parameter, parameter.data)
+            for parameter in model.parameters()
+            if parameter.requires_grad and not is_spread(parameter)
+        ]
         super().__init__(
             model=model,
             args=args,
@@ -155,6 +168,10 @@ class AdapterTrainer(SFTTrainer):
             self._flat = FlatParameters(optimizer)
             for stack in self._stacks:
                 stack.flat = self._flat
+        if made and self._ranks is not None and self._sharded is not None and not self._is_adapter():
+            from vlm.training.distributed.sharding import LocalShards
+
+            self._shards = LocalShards(optimizer, self._sharded, self._ranks)
         return optimizer
 
     def _is_adapter(self) -> bool:
@@ -172,6 +189,8 @@ class AdapterTrainer(SFTTrainer):
             return self._flat.without_gradient(parameters)
         # Optimisers keep no state for them, and a resumed training gets the state back.
         assert self.optimizer is not None, "made when training began"
+        if self._shards is not None:
+            return self._shards.without_state(parameters)
         return [name for name, parameter in parameters.items() if not self.optimizer.state.get(parameter)]
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
@@ -252,7 +271,14 @@ class AdapterTrainer(SFTTrainer):
                 try:
                     with nullcontext() if last else self.accelerator.no_sync(model):
                         total = total + super().training_step(model, dict(micro_batch), num_items_in_batch)
-                except torch.OutOfMemoryError:
+                except torch.OutOfMemoryError as error:
+                    if self._sharded is not None:
+                        # The others are in the middle of a pass that they cannot finish without this one.
+                        raise ResourceError(
+                            f"process {self._ranks.rank if self._ranks else 0} ran out of GPU memory in step"
+                            f" {self.state.global_step + 1} ({error}); lower training.max_tokens_per_pack, or set"
+                            " training.activation_memory to 'recompute' or 'offload'"
+                        ) from error
                     # Left before anything else is done: the error holds the tensors of the failed pass.
                     failed = number
                     break
@@ -285,7 +311,12 @@ class AdapterTrainer(SFTTrainer):
         figures = torch.zeros(3, dtype=torch.float64, device=device)
         figures[0] = total
         figures[1:] = sum(counts, start=torch.zeros(2, dtype=torch.int64, device=device))
-        learning = [parameter for parameter in self._peft_model.parameters() if parameter.requires_grad]
+        # Gradients of what is spread were summed in the backward pass.
+        learning = [
+            parameter
+            for parameter in self._peft_model.parameters()
+            if parameter.requires_grad and not is_spread(parameter)
+        ]
         if self._flat is not None:
             num_asked, *_ = ranks.agree([float(ranks.stop.asked is not None)])
             gradients = self._flat.wholes
@@ -302,8 +333,20 @@ class AdapterTrainer(SFTTrainer):
                     gradients.append(parameter.grad)
         ranks.stop.agree(num_asked)
         ranks.add([figures, *gradients])
+        if self._shards is not None:
+            self._shards.take()
         self._right[num_counts:] = [(figures[1], figures[2])]
         return figures[0].float()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self._shards is not None:
+            return self._shards.clip(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self._shards is not None and grad_norm is None:
+            return self._shards.clip(math.inf)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _drop_graphs(self) -> bool:
         """Gives up CUDA graphs, whose memory nothing else can use; False where there are none."""
@@ -363,7 +406,24 @@ class AdapterTrainer(SFTTrainer):
         """Writes the adapter's tensors."""
         folder = Path(output_dir) if output_dir else self._work_dir
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(self._peft_model, folder / WEIGHTS_FILE)
+        if self._gathered is not None:
+            save_file(self._gathered[0], folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        else:
+            save_tensors(self._peft_model, folder / WEIGHTS_FILE)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._gathered is not None and self._gathered[1] is not None:
+            # In place of this process's slices: the form that a training on any number of processes resumes from.
+            torch.save(self._gathered[1], Path(output_dir) / OPTIMIZER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._shards is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self._shards.load(torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def take_over(self, folder: Path) -> None:
         """Puts a training where a checkpoint left it, without going on.
@@ -378,14 +438,21 @@ class AdapterTrainer(SFTTrainer):
         self._load_optimizer_and_scheduler(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_tensors(self._peft_model, Path(resume_from_checkpoint) / WEIGHTS_FILE)
+        path = Path(resume_from_checkpoint) / WEIGHTS_FILE
+        if self._sharded is not None:
+            self._sharded.load(path)
+        else:
+            load_tensors(self._peft_model, path)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.perf_counter()
         if self._ranks is not None and self._flat is not None:
             self._flat.merge(self._ranks.sum)
+        if self._sharded is not None:
+            self._gathered = (self._sharded.gathered(), None if self._shards is None else self._shards.gathered())
         if self._ranks is None or self._ranks.rank == 0:
             self._write_checkpoint(model, trial)
+        self._gathered = None
         if self._ranks is not None:
             self._ranks.wait()
         self._pace.leave_out(time.perf_counter() - started)

@@ -167,3 +167,24 @@ def test_full_finetuning_and_a_checkpoint_of_another_number_of_processes(
     job = single.job(tmp_path / "pair")
     assert pair(job, single.run.loaded).resumed_from_step == 2
     assert_same(single, job)
+
+
+@pytest.mark.parametrize("model_type", FIVE)
+def test_full_finetuning_of_a_spread_model(tiny_run: Callable, tmp_path: Path, pair: Pair, model_type: str) -> None:
+    settings = STEPS | {"checkpoint_every_steps": 2, "optimizer": "adamw"}
+    single = Training(tiny_run(model_type), tmp_path / "single", ALL_PARTS, **settings)
+    single.start()
+    job = single.job(tmp_path / "pair", strategy="fsdp2")
+    pair(job)
+    assert_same(single, job)
+
+
+@pytest.mark.parametrize("model_type", FIVE)
+def test_an_adapter_over_a_spread_four_bit_model(
+    tiny_run: Callable, tmp_path: Path, pair: Pair, model_type: str
+) -> None:
+    single = Training(tiny_run(model_type, "nf4"), tmp_path / "single", LoraConfig(rank=4), **STEPS)
+    single.start()
+    job = single.job(tmp_path / "pair", strategy="fsdp2")
+    pair(job)
+    assert_same(single, job)

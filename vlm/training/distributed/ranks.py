@@ -203,6 +203,15 @@ class AgreedStop(StopFlag):
         self.ask(signum)
 
 
+def is_spread(tensor: Any) -> bool:
+    """Whether a process keeps a slice of it only: a DTensor, whose class takes a second to import.
+
+    Args:
+        tensor: Of a model.
+    """
+    return hasattr(tensor, "device_mesh")
+
+
 def join(device: str, timeout_seconds: float) -> Ranks:
     """Joins the processes that torch's launcher started with this one.
 
