@@ -153,6 +153,11 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"{name} {getattr(self, name)} has no effect without packing; leave it out or turn packing on"
             )
+        if self.distributed.strategy == "fsdp2" and self.generate_every_steps is not None:
+            raise ValueError(
+                f"generate_every_steps {self.generate_every_steps} needs a whole model in every process, which"
+                " distributed.strategy 'fsdp2' takes apart; leave it out, or set the strategy to 'ddp'"
+            )
         if self.keep_best == "none":
             if self.early_stopping_patience is not None:
                 raise ValueError(

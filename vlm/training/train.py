@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from vlm.training.rounds import AnswerRounds
     from vlm.training.trainer import AdapterTrainer
 
+# 8-bit states come in blocks that slices do not follow, and a loss scale must be the same in all processes.
+_ON_SLICES = (("adamw", "float32"), ("adamw", "bfloat16"))
 _DESCRIPTION_FILES = (WEIGHTS_FILE, CONFIG_FILE, TARGETS_FILE)
 
 
@@ -136,6 +138,11 @@ def train_adapter(
 
             # For the rest of this process's life.
             sharded = Sharded(peft_model, loaded.family, loaded.device, ranks)
+            if sharded.trains_slices and (plan.optimizer, plan.dtype) not in _ON_SLICES:
+                raise ConfigError(
+                    f"optimizer {plan.optimizer!r} in {plan.dtype} does not work on slices of weights, which"
+                    " training.distributed.strategy 'fsdp2' makes; set training.optimizer to 'adamw' and model.precision to 'bfloat16'"
+                )
         else:
             stack.callback(detach_adapter, peft_model)
         trainer, rounds, best = _trainer(

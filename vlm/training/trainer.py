@@ -45,6 +45,7 @@ from vlm.training.best import KeepBest
 from vlm.training.callbacks import Pace
 from vlm.training.capture import Stack
 from vlm.training.collator import IGNORED
+from vlm.training.distributed.combine import combine_step
 from vlm.training.distributed.ranks import Ranks, is_spread
 from vlm.training.flat import FlatParameters
 from vlm.training.loss import add_supervised_loss
@@ -293,7 +294,7 @@ class AdapterTrainer(SFTTrainer):
             self._shrinking.halve(rows[failed], self.state.global_step)
 
     def _combined(self, ranks: Ranks, total: Any, num_counts: int) -> torch.Tensor:
-        """Sums gradients and figures over all processes, and learns whether any was asked to stop.
+        """Makes the step's gradients and figures those of all processes.
 
         Args:
             ranks: This process among the others.
@@ -311,28 +312,7 @@ class AdapterTrainer(SFTTrainer):
         figures = torch.zeros(3, dtype=torch.float64, device=device)
         figures[0] = total
         figures[1:] = sum(counts, start=torch.zeros(2, dtype=torch.int64, device=device))
-        # Gradients of what is spread were summed in the backward pass.
-        learning = [
-            parameter
-            for parameter in self._peft_model.parameters()
-            if parameter.requires_grad and not is_spread(parameter)
-        ]
-        if self._flat is not None:
-            num_asked, *_ = ranks.agree([float(ranks.stop.asked is not None)])
-            gradients = self._flat.wholes
-        else:
-            # What nobody has a gradient for stays without, so that the optimiser passes it by.
-            num_asked, *having = ranks.agree(
-                [float(ranks.stop.asked is not None), *(float(own.grad is not None) for own in learning)]
-            )
-            gradients = []
-            for parameter, count in zip(learning, having, strict=True):
-                if count:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    gradients.append(parameter.grad)
-        ranks.stop.agree(num_asked)
-        ranks.add([figures, *gradients])
+        combine_step(ranks, self._peft_model, figures, None if self._flat is None else self._flat.wholes)
         if self._shards is not None:
             self._shards.take()
         self._right[num_counts:] = [(figures[1], figures[2])]

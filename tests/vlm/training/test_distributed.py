@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from tests.conftest import PROJECT
 from tests.support.tiny_training import ALL_PARTS, At, KilledError, Training, kill
 from vlm.config import LoraConfig
 from vlm.loading.checkpoint import load_checkpoint
 from vlm.training.distributed.job import Job
+from vlm.training.distributed.ranks import is_spread
 from vlm.training.train import TrainingSummary, train_adapter
 from vlm.training.trainer import AdapterTrainer
 
@@ -101,11 +103,11 @@ def assert_same(single: Training, job: Job) -> None:
     initial = load_file(files) if files.is_file() else {}
     assert set(found) == set(single.weights)
     for name, tensor in single.weights.items():
-        # AdamW divides by the gradient's own size, so where that is all rounding, a step (5e-3 at most here) is, too: nearly
-        # all values agree closely, and none is off by more than a step.
+        # AdamW divides by the gradient's own size, so where that is all rounding (biases of keys), a step of 5e-3 is, too:
+        # no value is off by more than one, and on average they are by less than a hundredth of the way travelled.
         difference = (found[name] - tensor).abs()
         assert difference.max() < 5e-3, name
-        assert difference.mean() < 2e-5, name
+        assert difference.mean() < 1e-4, name
         if name in initial:
             assert not torch.equal(found[name], initial[name]), name
 
@@ -169,13 +171,37 @@ def test_full_finetuning_and_a_checkpoint_of_another_number_of_processes(
     assert_same(single, job)
 
 
-@pytest.mark.parametrize("model_type", FIVE)
-def test_full_finetuning_of_a_spread_model(tiny_run: Callable, tmp_path: Path, pair: Pair, model_type: str) -> None:
-    settings = STEPS | {"checkpoint_every_steps": 2, "optimizer": "adamw"}
+class Slices(TrainerCallback):
+    """Notes what this process keeps of the language model's layers."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        spread = [own for own in model.parameters() if is_spread(own)]
+        self.share = sum(own._local_tensor.numel() for own in spread) / sum(own.numel() for own in spread)
+        self.num_bytes = sum(own.dtype == torch.uint8 for own in spread)
+
+
+# Layers that text alone does not run through, and experts; the others are `qwen2_5_vl`, whole in the test above, with fewer parts.
+@pytest.mark.parametrize("model_type", ["mllama", "deepseek_ocr"])
+def test_full_finetuning_of_a_spread_model_from_one_process_and_back(
+    tiny_run: Callable, tmp_path: Path, pair: Pair, model_type: str
+) -> None:
+    settings = STEPS | {"optimizer": "adamw"}
     single = Training(tiny_run(model_type), tmp_path / "single", ALL_PARTS, **settings)
     single.start()
-    job = single.job(tmp_path / "pair", strategy="fsdp2")
-    pair(job)
+    broken = Training(single.run, tmp_path / "broken", ALL_PARTS, **settings, checkpoint_every_steps=2)
+    with pytest.raises(KilledError):
+        broken.start([At(3, kill)])
+    shutil.copytree(tmp_path / "broken" / "work", tmp_path / "pair" / "work")
+    slices = Slices()
+    many = Training(single.run, tmp_path / "broken", ALL_PARTS, **settings, checkpoint_every_steps=4)
+    job = many.job(tmp_path / "pair", strategy="fsdp2")
+    assert pair(job, callbacks=[slices]).resumed_from_step == 2
+    assert 0.4 < slices.share < 0.6
+    assert_same(single, job)
+    shutil.rmtree(tmp_path / "broken" / "work")
+    shutil.copytree(job.work_dir, tmp_path / "broken" / "work")
+    assert many.start().resumed_from_step == 4
+    shutil.copytree(tmp_path / "broken" / "out", job.output_dir, dirs_exist_ok=True)
     assert_same(single, job)
 
 
@@ -185,6 +211,9 @@ def test_an_adapter_over_a_spread_four_bit_model(
 ) -> None:
     single = Training(tiny_run(model_type, "nf4"), tmp_path / "single", LoraConfig(rank=4), **STEPS)
     single.start()
+    slices = Slices()
     job = single.job(tmp_path / "pair", strategy="fsdp2")
-    pair(job)
+    pair(job, callbacks=[slices])
+    assert slices.num_bytes > 0
+    assert 0.4 < slices.share < 0.6
     assert_same(single, job)

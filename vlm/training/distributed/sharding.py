@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from vlm.families import Family
 from vlm.lora.peft_model import WHOLE_ATTRIBUTE, adapter_parameters, base_model, check_shapes
-from vlm.training.distributed.ranks import Ranks
+from vlm.training.distributed.ranks import Ranks, is_spread
 
 
 class Sharded:
@@ -62,6 +62,11 @@ class Sharded:
             trained = getattr(model, WHOLE_ATTRIBUTE)
             live = dict(model.named_parameters())
             setattr(model, WHOLE_ATTRIBUTE, {name: live[name] for name in trained})
+
+    @property
+    def trains_slices(self) -> bool:
+        """Whether what is spread learns itself, and is not only adapted."""
+        return any(is_spread(own) and own.requires_grad for own in self._model.parameters())
 
     def load(self, path: Path) -> None:
         """Copies a file's tensors into the live parameters that learn.

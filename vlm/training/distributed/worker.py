@@ -62,7 +62,13 @@ def _train(job: Job, events: EventWriter) -> None:
                 events.tell({"step": state.global_step, "log": logs or {}})
 
     train_adapter(
-        load_checkpoint(job.checkpoint_dir, device=job.device, digest=job.digest),
+        load_checkpoint(
+            job.checkpoint_dir,
+            device=job.device,
+            digest=job.digest,
+            # One GPU may not hold it.
+            on_host=job.training.distributed.strategy == "fsdp2",
+        ),
         job.adapter_dir,
         job.dataset_dir,
         job.plan_dir,
