@@ -120,6 +120,9 @@ def _lora_settings(run: Resolved) -> Json:
 def _training_settings(run: Resolved) -> Json:
     # How often a checkpoint is written changes no result; on how many GPUs, none but for rounding.
     settings = run.config.training.model_dump(mode="json", exclude={"checkpoint_every_steps", "distributed"})
+    if run.config.training.distributed.strategy == "fsdp2":
+        # Packs and activations are planned for the part of the model that one GPU holds then.
+        settings["strategy"] = "fsdp2"
     if run.config.training.tokens_per_step is not None:
         del settings["gradient_accumulation"]
     if run.config.training.generate_every_steps is None:

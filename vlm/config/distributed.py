@@ -13,7 +13,9 @@ class DistributedConfig(Section):
     """On how many GPUs and machines step 5 runs.
 
     A step keeps its conversations whatever these say; only who computes what changes. So results are equal to rounding (with
-    dropout: drawn anew), and nothing here belongs to a key: what one GPU has trained is not trained again on two.
+    dropout: drawn anew), and numbers belong to no key: what one GPU has trained is not trained again on two, and a training that
+    was interrupted on two goes on on one. The strategy 'fsdp2' is in the keys of the plan and the training: with a part of the
+    model on each GPU there is room for other packs, and the plan is made for as many GPUs as there are then.
     """
 
     num_processes: int | Literal["auto"] = Field(

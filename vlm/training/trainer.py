@@ -162,6 +162,13 @@ class AdapterTrainer(SFTTrainer):
         """
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        if made and self._sharded is not None:
+            from vlm.training.distributed.sharding import restore_groups
+
+            # Some versions of the stock trainer split them where some parameters are spread.
+            restore_groups(
+                optimizer, self._peft_model, self.get_decay_parameter_names(self._peft_model), self.args.weight_decay
+            )
         if made and self._split_groups is not None:
             names = {parameter: name for name, parameter in self._peft_model.named_parameters()}
             optimizer.param_groups[:] = self._split_groups(optimizer.param_groups, names)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from tests.support.tiny_training import ALL_PARTS, At, KilledError, Training, ki
 from vlm.config import LoraConfig
 from vlm.loading.checkpoint import load_checkpoint
 from vlm.training.distributed.job import Job
-from vlm.training.distributed.ranks import is_spread
+from vlm.training.distributed.ranks import AgreedStop, is_spread
+from vlm.training.interrupt import TrainingInterrupted
 from vlm.training.train import TrainingSummary, train_adapter
 from vlm.training.trainer import AdapterTrainer
 
@@ -59,7 +61,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             patch.setenv(name, value)
         ranks = join("cpu", float(timeout_seconds))
 
-        def train(job: Job, loaded: Any = None, callbacks: Sequence[Any] = ()) -> TrainingSummary:
+        def train(
+            job: Job, loaded: Any = None, callbacks: Sequence[Any] = (), stop_after: int | None = None
+        ) -> TrainingSummary:
+            ranks.stop = AgreedStop()
+            if stop_after is not None:
+                # It is known when the step after it ends.
+                callbacks = [*callbacks, At(stop_after - 1, lambda: ranks.stop.ask(signal.SIGTERM))]
             path = job.work_dir.parent / "job.json"
             job.write(path)
             assert second.stdin is not None
@@ -85,9 +93,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
         yield train
         assert second.stdin is not None
-        second.stdin.close()
-        assert second.wait(60) == 0, log.read_text()
-        dist.destroy_process_group()
+        try:
+            second.stdin.close()
+            assert second.wait(30) == 0, log.read_text()
+        finally:
+            second.kill()
+            second.wait()
+            dist.destroy_process_group()
 
 
 def assert_same(single: Training, job: Job) -> None:
@@ -193,14 +205,17 @@ def test_full_finetuning_of_a_spread_model_from_one_process_and_back(
         broken.start([At(3, kill)])
     shutil.copytree(tmp_path / "broken" / "work", tmp_path / "pair" / "work")
     slices = Slices()
-    many = Training(single.run, tmp_path / "broken", ALL_PARTS, **settings, checkpoint_every_steps=4)
-    job = many.job(tmp_path / "pair", strategy="fsdp2")
-    assert pair(job, callbacks=[slices]).resumed_from_step == 2
+    job = broken.job(tmp_path / "pair", strategy="fsdp2")
+    with pytest.raises(TrainingInterrupted, match="SIGTERM after step 5"):
+        pair(job, callbacks=[slices], stop_after=5)
     assert 0.4 < slices.share < 0.6
+    shutil.copytree(job.work_dir, tmp_path / "again" / "work")
+    assert pair(job).resumed_from_step == 5
     assert_same(single, job)
+    # One process goes on from what two have left.
     shutil.rmtree(tmp_path / "broken" / "work")
-    shutil.copytree(job.work_dir, tmp_path / "broken" / "work")
-    assert many.start().resumed_from_step == 4
+    shutil.copytree(tmp_path / "again" / "work", tmp_path / "broken" / "work")
+    assert broken.start().resumed_from_step == 5
     shutil.copytree(tmp_path / "broken" / "out", job.output_dir, dirs_exist_ok=True)
     assert_same(single, job)
 

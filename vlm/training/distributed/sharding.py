@@ -13,7 +13,7 @@ without FSDP2, once per step.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,29 @@ class LocalShards:
         own = [sorted(self._optimizer.state.get(self.places[parameter], {})) for parameter in self._all()]
         everybody = self._ranks.gather(own)
         return [max(names, key=len) for names in zip(*everybody, strict=True)]
+
+
+def restore_groups(
+    optimizer: torch.optim.Optimizer, model: Any, decaying: Collection[str], weight_decay: float
+) -> None:
+    """Gives an optimiser the two groups that it has on one process: what decays, and what does not.
+
+    Args:
+        optimizer: Without state yet; its groups are changed in place.
+        model: Whose parameters it works on.
+        decaying: Names of those that decay.
+        weight_decay: Of these.
+    """
+    settings = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    learning = [(name, own) for name, own in model.named_parameters() if own.requires_grad]
+    optimizer.param_groups[:] = [
+        {
+            **settings,
+            "params": [own for name, own in learning if (name in decaying) == decays],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
 
 
 def local_part(tensor: Any) -> Tensor:
