@@ -141,7 +141,7 @@ def _train_settings(run: Resolved) -> Json:
 
 
 def _generation_settings(run: Resolved) -> Json:
-    settings = run.config.generation.model_dump(mode="json", exclude={"evaluate_base_model"})
+    settings = run.config.generation.model_dump(mode="json", exclude={"evaluate_base_model", "num_processes"})
     return settings | {"device": run.device, "precision": run.precision}
 
 
@@ -153,7 +153,14 @@ def _evaluation_settings(run: Resolved) -> Json:
 
 def _report_settings(run: Resolved) -> Json:
     return run.config.model_dump(
-        mode="json", exclude={"runtime": True, "tracking": True, "export": True, "training": {"distributed"}}
+        mode="json",
+        exclude={
+            "runtime": True,
+            "tracking": True,
+            "export": True,
+            "training": {"distributed"},
+            "generation": {"num_processes"},
+        },
     )
 
 

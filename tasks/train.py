@@ -36,7 +36,9 @@ def train(
         from vlm.training.interrupt import TrainingInterrupted
 
         work_dir = session.store.resumable(session.key("train", inputs))
-        num_processes = num_local_processes(distributed, session.resolved.device)
+        num_processes = num_local_processes(
+            distributed.num_processes, session.resolved.device, "training.distributed.num_processes"
+        )
         single = num_processes == distributed.num_machines == 1
         try:
             if distributed.machine_rank > 0:

@@ -23,7 +23,8 @@ def training_mode(session: Session, checkpoint: ArtifactRef, adapter: ArtifactRe
         several = run.config.training.distributed
         num_spread = 1
         if several.strategy == "fsdp2":
-            num_spread = num_local_processes(several, run.device) * several.num_machines
+            name = "training.distributed.num_processes"
+            num_spread = num_local_processes(several.num_processes, run.device, name) * several.num_machines
         return make_plan(
             inputs["dataset"],
             inputs["checkpoint"],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vlm.config import DistributedConfig, TrainingConfig
+from typing import Literal
+
+from vlm.config import TrainingConfig
 from vlm.errors import ConfigError, ResourceError
 from vlm.loading.device import count_gpus
 
@@ -18,7 +20,7 @@ def check_device(training: TrainingConfig, device: str) -> None:
         ConfigError: 8-bit AdamW, which has no kernels for a CPU, or memory to move away where it is the same memory.
         ResourceError: More processes than GPUs.
     """
-    num_local_processes(training.distributed, device)
+    num_local_processes(training.distributed.num_processes, device, "training.distributed.num_processes")
     if device != "cpu":
         return
     if training.optimizer == "adamw_8bit":
@@ -27,12 +29,13 @@ def check_device(training: TrainingConfig, device: str) -> None:
         raise ConfigError("training.activation_memory 'offload' needs a GPU; set it to 'auto' or 'recompute'")
 
 
-def num_local_processes(distributed: DistributedConfig, device: str) -> int:
-    """How many processes of this machine train, ``auto`` settled.
+def num_local_processes(asked: int | Literal["auto"], device: str, name: str) -> int:
+    """How many processes of this machine work, ``auto`` settled.
 
     Args:
-        distributed: Settings.
+        asked: The setting.
         device: ``cpu`` or ``cuda``.
+        name: Of the setting.
 
     Returns:
         One per GPU for ``auto``, and one on a CPU.
@@ -40,7 +43,6 @@ def num_local_processes(distributed: DistributedConfig, device: str) -> int:
     Raises:
         ResourceError: More processes than GPUs.
     """
-    asked = distributed.num_processes
     if device == "cpu":
         return 1 if asked == "auto" else asked
     there = count_gpus()
@@ -48,7 +50,6 @@ def num_local_processes(distributed: DistributedConfig, device: str) -> int:
         return there
     if asked > there:
         raise ResourceError(
-            f"training.distributed.num_processes is {asked} but this machine shows {there} GPU{'s' * (there != 1)}; lower it or set"
-            " it to 'auto'"
+            f"{name} is {asked} but this machine shows {there} GPU{'s' * (there != 1)}; lower it or set it to 'auto'"
         )
     return asked

@@ -14,7 +14,7 @@ from tests.support.tiny_training import RESUMED, Training
 from tests.vlm.training.test_distributed import assert_same
 from vlm.config import DistributedConfig, LoraConfig
 from vlm.errors import ResourceError
-from vlm.training.distributed.events import EventReader, EventWriter, events_file
+from vlm.processes.events import EventReader, EventWriter, events_file
 from vlm.training.distributed.job import Job
 from vlm.training.distributed.launch import train_on_processes
 from vlm.training.interrupt import TrainingInterrupted
@@ -48,7 +48,7 @@ def test_a_killed_process_ends_the_training_which_resumes_stops_and_ends_elsewhe
         os.kill(pid, signal.SIGKILL)
 
     started = time.monotonic()
-    with pytest.raises(ResourceError, match=r"process 1 of the training was ended by SIGKILL.*Run again"):
+    with pytest.raises(ResourceError, match=r"process 1 of several was ended by SIGKILL.*Run again"):
         train_on_processes(job, [Figures(3, kill_the_second)])
     # Imports of all processes included.
     assert time.monotonic() - started < 120

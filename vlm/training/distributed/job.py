@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,39 +75,3 @@ class Job:
         content["generation"] = GenerationConfig.model_validate(content["generation"])
         content["evaluation"] = EvaluationConfig.model_validate(content["evaluation"])
         return cls(**content)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A process that ended badly, as torch's launcher saw it.
-
-    Attributes:
-        rank: Its number among all processes.
-        local_rank: Its number on this machine.
-        exit_code: Negative for a signal.
-    """
-
-    rank: int
-    local_rank: int
-    exit_code: int
-
-
-def write_failures(failures: list[Failure], events_dir: Path) -> None:
-    """Writes what the launcher saw.
-
-    Args:
-        failures: In order of time.
-        events_dir: As of `Job`.
-    """
-    text = json.dumps([asdict(failure) for failure in failures])
-    (events_dir / "failures.json").write_text(text + "\n", encoding="utf-8")
-
-
-def read_failures(events_dir: Path) -> list[Failure]:
-    """Reads what the launcher saw; nothing where it did not come to that.
-
-    Args:
-        events_dir: As of `Job`.
-    """
-    path = events_dir / "failures.json"
-    return [Failure(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import signal
 from collections.abc import Sequence
 from types import FrameType, TracebackType
@@ -25,18 +24,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlm.errors import ResourceError
+from vlm.processes.worker import forget_others
 from vlm.training.interrupt import StopFlag
 
 # Values of small tensors that are summed together.
 _BUCKET_VALUES = 2**24
 # For what may take long while others wait: checkpoints, validation, the first step with its compilations.
 _PATIENCE = datetime.timedelta(hours=2)
-# What tells libraries that they run among several processes: each would make arrangements of its own.
-_LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 
 
 class LostProcessError(ResourceError):
-    """Another process of the training ended or hangs."""
+    """Another process of the training ended."""
+
+
+class HungProcessError(ResourceError):
+    """Another process of the training kept this one waiting for too long."""
 
 
 class Ranks:
@@ -65,7 +67,8 @@ class Ranks:
             values: Equally many from each process.
 
         Raises:
-            LostProcessError: Another process is gone or keeps this one waiting for too long.
+            LostProcessError: Another process is gone.
+            HungProcessError: It keeps this one waiting for too long.
         """
         return self._host_sum(values, self._quick)
 
@@ -155,10 +158,15 @@ class Ranks:
         return found
 
     def _lost(self, error: Exception) -> NoReturn:
+        remedy = "run again to resume from the last checkpoint"
+        if "imed out" in str(error):
+            raise HungProcessError(
+                f"process {self.rank} of {self.size} waited {self._timeout_seconds:g} s for another one, which hangs or is slow"
+                f" ({error}); look at its GPU, disk and network, or raise training.distributed.timeout_seconds; {remedy}"
+            ) from error
         raise LostProcessError(
-            f"process {self.rank} of {self.size} got no answer from another one within {self._timeout_seconds:g} s"
-            f" ({error}); look for a full GPU or host memory, a slow disk or network on the others, or raise"
-            " training.distributed.timeout_seconds; run again to resume from the last checkpoint"
+            f"process {self.rank} of {self.size} lost another one ({error}); look at the log of the machine that it ran on;"
+            f" {remedy}"
         ) from error
 
 
@@ -215,17 +223,12 @@ def is_spread(tensor: Any) -> bool:
 def join(device: str, timeout_seconds: float) -> Ranks:
     """Joins the processes that torch's launcher started with this one.
 
-    The process sees one GPU only from here on, as one that trains alone does. To be called before CUDA is used.
+    To be called before CUDA is used; the process sees one GPU only.
 
     Args:
         device: ``cpu`` or ``cuda``.
         timeout_seconds: As of `Ranks`.
     """
-    if device == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(local) if visible is None else visible.split(",")[local].strip()
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
-    for name in _LAUNCH_VARIABLES:
-        os.environ.pop(name, None)
+    forget_others()
     return Ranks(timeout_seconds)
