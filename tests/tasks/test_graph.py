@@ -31,6 +31,7 @@ NOT_IN_KEYS = {
     "training.early_stopping_patience": "needs another setting, so it has a test of its own",
     "lora.full_finetuning": "excludes all other settings of its section, so it has a test of its own",
     "evaluation.task": "the metrics that it stands for are",
+    "generation.num_processes": "changes no result but for rounding; has a test of its own",
     "generation.evaluate_base_model": "decides which units there are",
     "export.types": "decides which units there are",
     "export.destination": "a copy is no artifact",
@@ -163,7 +164,9 @@ def test_on_how_many_gpus_a_training_runs_changes_no_key_and_how_the_model_is_sp
     base = settings_of(RunConfig())
     several = {"num_processes": "auto", "num_machines": 3, "machine_rank": 2, "main_address": "node0:29500"}
     for distributed in ({"num_processes": 4}, {"timeout_seconds": 99}, several):
-        config = RunConfig.model_validate({"training": {"distributed": distributed}})
+        config = RunConfig.model_validate(
+            {"training": {"distributed": distributed}, "generation": {"num_processes": 2}}
+        )
         assert settings_of(config) == base
         (report,) = (unit for unit in units_for(config) if unit.name == "evaluate_and_save.report")
         resolved = Resolved(config, "cpu", "float32"), Resolved(RunConfig(), "cpu", "float32")

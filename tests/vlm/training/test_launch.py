@@ -14,7 +14,7 @@ from tests.support.tiny_training import RESUMED, Training
 from tests.vlm.training.test_distributed import assert_same
 from vlm.config import DistributedConfig, LoraConfig
 from vlm.errors import ResourceError
-from vlm.processes.events import EventReader, EventWriter, events_file
+from vlm.processes.events import EventReader, events_file
 from vlm.training.distributed.job import Job
 from vlm.training.distributed.launch import train_on_processes
 from vlm.training.interrupt import TrainingInterrupted
@@ -71,22 +71,6 @@ def test_a_killed_process_ends_the_training_which_resumes_stops_and_ends_elsewhe
         (tmp_path / "pair" / name).symlink_to(tmp_path / "single" / name)
     assert ending.start().resumed_from_step == last
     assert_same(single, job)
-
-
-def test_events_are_read_once_and_only_when_whole(tmp_path: Path) -> None:
-    path = tmp_path / "events"
-    reader = EventReader(path)
-    assert list(reader.new()) == []
-    writer = EventWriter(path)
-    writer.tell({"step": 1})
-    writer.close()
-    assert [next(iter(event)) for event in reader.new()] == ["pid", "step"]
-    with path.open("a") as handle:
-        handle.write('{"step"')
-        handle.flush()
-        assert list(reader.new()) == []
-        handle.write(": 2}\n")
-    assert list(reader.new()) == [{"step": 2}]
 
 
 def test_a_job_comes_back_from_its_file(tmp_path: Path) -> None:
