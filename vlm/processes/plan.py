@@ -19,6 +19,7 @@ class Launch:
         num_machines: How many machines do this together.
         machine_rank: Number of this one.
         main_address: host:port of machine 0; None where this is the only one.
+        silent_seconds: A process without a sign of life for so long hangs.
     """
 
     worker: str
@@ -28,6 +29,7 @@ class Launch:
     num_machines: int = 1
     machine_rank: int = 0
     main_address: str | None = None
+    silent_seconds: float = 120.0
 
     def write(self, path: Path) -> None:
         """Writes the file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ _LAUNCHER = "vlm.processes.launcher"
 # Names of errors of processes that lost another one, or waited too long for it.
 _LOST, _HUNG = "LostProcessError", "HungProcessError"
 _POLL_SECONDS = 0.1
+# From the first error to the end of processes that do not end by themselves.
+_GRACE_SECONDS = 6
 # The launcher ends its processes meanwhile.
 _SHUTDOWN_SECONDS = 40
 _LOG_LINES = 15
@@ -33,8 +36,30 @@ class _Process:
     """What is known of one process of this machine."""
 
     reader: EventReader
+    pid: int | None = None
     last_step: int | None = None
     error: Event | None = None
+    is_done: bool = False
+    silent_seconds: float = 0.0
+
+    def listen_for_life(self, seconds: float, launch: Launch, number: int) -> None:
+        """Counts how long nothing was heard of it, and takes it for hung at some point.
+
+        Args:
+            seconds: Since the last time.
+            launch: Says how long that is.
+            number: Of the process on this machine.
+        """
+        self.silent_seconds = 0.0 if self.reader.is_alive() else self.silent_seconds + seconds
+        waited_for = self.pid is not None and self.error is None and not self.is_done
+        if waited_for and self.silent_seconds > launch.silent_seconds:
+            self.error = {
+                "error": _HUNG,
+                "message": f"process {number} of machine {launch.machine_rank} gave no sign of life for"
+                f" {launch.silent_seconds:g} s; was it stopped, or is this machine out of memory? Run again to go on from what is"
+                " done",
+            }
+            _kill(self, launch.worker)
 
 
 def run_processes(
@@ -62,22 +87,44 @@ def run_processes(
                 elif "warning" in event:
                     logging.getLogger(__name__).warning("%s", event["warning"])
                 else:
+                    process.pid = event.get("pid", process.pid)
+                    process.is_done = process.is_done or "done" in event
                     process.last_step = event.get("step", process.last_step)
                     take(number, event)
 
     path = launch.events_dir / "launch.json"
     launch.write(path)
     with _launched(path, launch.events_dir) as (launcher, ask_to_stop):
+        failed_at, polled = math.inf, time.monotonic()
         try:
             while launcher.poll() is None:
                 listen()
+                # After a long sleep of the whole machine, all get a chance to be heard.
+                seconds, polled = min(time.monotonic() - polled, 1.0), time.monotonic()
+                for number, process in enumerate(processes):
+                    process.listen_for_life(seconds, launch, number)
                 if should_stop():
                     ask_to_stop()
+                if any(process.error for process in processes):
+                    failed_at = min(failed_at, time.monotonic())
+                if time.monotonic() - failed_at > _GRACE_SECONDS:
+                    for process in processes:
+                        _kill(process, launch.worker)
                 time.sleep(_POLL_SECONDS)
         finally:
             listen()
         if launcher.returncode != 0:
             raise _failure(launch, processes, launcher.returncode)
+
+
+def _kill(process: _Process, worker: str) -> None:
+    """Ends a process that hangs: torch's launcher would wait for half a minute before it does."""
+    if process.pid is None:
+        return
+    with suppress(OSError):
+        # The number may belong to another one by now.
+        if worker.encode() in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            os.kill(process.pid, signal.SIGKILL)
 
 
 @contextmanager

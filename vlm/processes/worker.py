@@ -41,8 +41,10 @@ def run_worker(
     logging.getLogger("vlm").addHandler(events)
     try:
         work(events)
+        events.tell({"done": True})
     except BaseException as error:
         if interrupted(error):
+            events.tell({"done": True})
             return
         events.tell({"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()})
         sys.stdout.flush()

@@ -441,7 +441,7 @@ class AdapterTrainer(SFTTrainer):
             self._write_checkpoint(model, trial)
         self._gathered = None
         if self._ranks is not None:
-            self._ranks.wait()
+            self._ranks.wait_for_first()
         self._pace.leave_out(time.perf_counter() - started)
 
     def _write_checkpoint(self, model: Any, trial: Any) -> None:

@@ -65,6 +65,8 @@ def train_on_processes(job: Job, callbacks: Sequence[Any] = ()) -> TrainingSumma
         num_machines=several.num_machines,
         machine_rank=several.machine_rank,
         main_address=several.main_address,
+        # Within a step the others notice sooner.
+        silent_seconds=max(120.0, 2 * several.timeout_seconds),
     )
     with StopFlag() as flag:
         try:

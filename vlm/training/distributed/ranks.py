@@ -91,6 +91,19 @@ class Ranks:
         """
         self._host_sum([0.0], self._patient)
 
+    def wait_for_first(self) -> None:
+        """Waits for process 0, however long it takes, and then for all others, who are to be here.
+
+        Raises:
+            LostProcessError: Another process is gone.
+            HungProcessError: Another process than the first keeps this one waiting for too long.
+        """
+        try:
+            dist.broadcast(torch.zeros(1), src=0, group=self._patient)
+        except RuntimeError as error:
+            self._lost(error)
+        self.agree([0.0])
+
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value, in the order of ranks.
 
