@@ -43,7 +43,7 @@ def num_local_processes(asked: int | Literal["auto"], device: str, name: str) ->
     Raises:
         ResourceError: More processes than GPUs.
     """
-    if device == "cpu":
+    if device == "cpu" or asked == 1:
         return 1 if asked == "auto" else asked
     there = count_gpus()
     if asked == "auto":
