@@ -44,6 +44,7 @@ def test_an_answer_in_the_language_of_any_reference_is_none() -> None:
     [
         "Sofa",
         "die alte Katze",
+        "wo ist das nun",  # German at first sight, and too short to be sure
         "KATZEN UND HUNDE SIND IN DIESEM HAUS NICHT ERLAUBT",  # signs and receipts: too little is sure without case
         "Hauptstraße 14, 80331 München, Deutschland",
         "Dr. Heinrich Müller, Maria Schneider, Anna von der Heide",
@@ -77,6 +78,14 @@ def test_misreadings_are_not_in_another_language() -> None:
     for text, share in itertools.product(SENTENCES.values(), (0.05, 0.1, 0.2, 0.3, 0.5)):
         for _ in range(5):
             assert not is_wrong_language(misread(text, share, rng), [text])
+
+
+def test_a_nearly_equal_sentence_is_taken_for_a_misreading() -> None:
+    portuguese = "Uma fatura antiga contém muitos dados importantes do cliente."
+    spanish = "Una factura antigua contiene muchos datos importantes del cliente."
+    assert (language(portuguese), language(spanish)) == ("pt", "es")
+    assert not is_wrong_language(portuguese, [spanish])
+    assert is_wrong_language(portuguese, [SENTENCES["es"]])
 
 
 def test_lines_of_the_builtin_data_are_never_in_another_language() -> None:
