@@ -287,13 +287,16 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
         )
     for kind in config.export.types:
         verified = _is_verified_by_loading(kind, config)
+        inputs = trained | ({"dataset": DATASET, "reference": REFERENCE} if verified else {})
+        if kind == "gguf":
+            inputs["dataset"] = DATASET  # whose longest conversation decides the context's length
         units.append(
             Unit(
                 export_unit(kind),
                 ("export",),
                 ("vlm.export", "vlm.export.roundtrip") if verified else ("vlm.export",),
                 _export_settings(kind),
-                trained | ({"dataset": DATASET, "reference": REFERENCE} if verified else {}),
+                inputs,
             )
         )
     return tuple(units)

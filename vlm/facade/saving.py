@@ -163,6 +163,7 @@ def _export(model: Any, kind: ExportType, directory: str | Path, **settings: Any
             trained_dir,
             Path(directory),
             device=state.loaded.device,
+            longest_tokens=state.max_seq_length,
             **({"max_shard_size_mb": _megabytes("5GB")} | settings),
         )
 

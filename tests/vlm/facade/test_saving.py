@@ -190,5 +190,6 @@ def test_quantised_and_gguf_files(load: Callable, tmp_path: Path) -> None:
     assert '"load_in_4bit": true' in (tmp_path / "four" / "config.json").read_text()
     model.save_pretrained_gguf(tmp_path / "gguf", processor, quantization_method="Q4_0")
     assert {"model-q4_0.gguf", "mmproj-f16.gguf", "Modelfile"} <= {path.name for path in (tmp_path / "gguf").iterdir()}
+    assert "PARAMETER num_ctx" in (tmp_path / "gguf" / "Modelfile").read_text()
     with pytest.raises(ConfigError, match="quantization_method 'q4_k_m' is not written here; use one of f16"):
         model.save_pretrained_gguf(tmp_path / "other", processor, quantization_method="q4_k_m")
