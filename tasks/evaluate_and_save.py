@@ -43,7 +43,7 @@ def evaluate_and_save(
     refs = {"metrics": metrics, "training": trained.training, "dataset": dataset, "plan": plan}
     report = save_report(session, f"{Path(session.config.model.name).name}: fine-tuning report", refs)
     exports = {}
-    inputs = {"checkpoint": checkpoint, "adapter": trained.adapter, "dataset": dataset}
+    inputs = {"checkpoint": checkpoint, "adapter": trained.adapter, "metrics": metrics, "dataset": dataset}
     if is_verified_by_loading(session.config):
         inputs["reference"] = _reference(session, checkpoint, dataset, trained.adapter)
     for kind in session.config.export.types:
@@ -154,6 +154,7 @@ def _export(session: Session, kind: ExportType, refs: Mapping[str, ArtifactRef])
             gguf_type=config.export.gguf_type,
             longest_tokens=longest_conversation(inputs["dataset"]) if kind == "gguf" else None,
             device=device,
+            metrics=json.loads((inputs["metrics"] / "metrics.json").read_text(encoding="utf-8")),
         ).to_json()
         if "reference" not in inputs:
             if kind == "gguf" and config.export.verify:

@@ -274,7 +274,8 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             {"metrics": METRICS, "training": TRAINING, "dataset": DATASET, "plan": PLAN},
         ),
     ]
-    trained = {"checkpoint": CHECKPOINT, "adapter": TRAINED_ADAPTER}
+    # The figures stand on each export's card.
+    trained = {"checkpoint": CHECKPOINT, "adapter": TRAINED_ADAPTER, "metrics": METRICS}
     if is_verified_by_loading(config):
         units.append(
             Unit(

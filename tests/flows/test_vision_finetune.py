@@ -144,7 +144,10 @@ def test_exports_are_verified_in_a_fresh_process(first_run: dict[str, Any], smal
     verification = json.loads((folder / "verification.json").read_text())
     assert verification["num_rows"] == 2
     assert verification["distance"] < verification["max_distance"]
-    assert "Loaded again in a fresh process" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "Loaded again in a fresh process" in card
+    figure = summary["metrics"]["metrics"]["cer"]["tuned"]["value"]
+    assert f"| Character error rate (lower is better) | {figure:.4f} [" in card
     folder = Path(summary["locations"]["gguf"])
     assert "PARAMETER num_ctx 4096" in (folder / "Modelfile").read_text()  # short conversations, and the least is that
     says = "with llama.cpp and compared" if llama_cpp_is_there() else "llama.cpp itself did not run the files"

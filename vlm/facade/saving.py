@@ -71,6 +71,12 @@ def save_adapter(model: Any, save_directory: str | Path, tokenizer: Any = None, 
     directory.mkdir(parents=True, exist_ok=True)
     _write_trained(model, state, directory)
     state.loaded.processing.save(directory)
+    from vlm.export.card import model_card
+    from vlm.lora.peft_model import TARGETS_FILE
+
+    checkpoint = json.loads((state.loaded.checkpoint_dir / "checkpoint.json").read_text(encoding="utf-8"))
+    card = model_card("lora", checkpoint, json.loads(state.adapter_files[TARGETS_FILE]), None)
+    (directory / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
 
 def _write_trained(model: Any, state: FacadeState, directory: Path) -> None:

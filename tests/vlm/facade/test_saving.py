@@ -178,7 +178,7 @@ def test_uploads_are_what_is_saved(load: Callable, monkeypatch: pytest.MonkeyPat
     model = vlm.FastVisionModel.get_peft_model(model, r=2)
     assert model.push_to_hub("me/lora", processor, token="hf_x", private=True) == "hub/me/lora"
     assert seen[:2] == ["hf_x", ("me/lora", True, True)]
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= seen[2]
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= seen[2]
     model.push_to_hub_merged("me/merged", processor)
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= seen[5]
 
