@@ -234,11 +234,29 @@ def test_one_nested_mlflow_run_per_training(first_run: dict[str, Any], small_set
     parent = client.get_run(nested[-1].data.tags["mlflow.parentRunId"])
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["artifact.train.adapter"] == first_run["artifacts"]["train.adapter"]
-    assert "prefect.flow_run_id" in parent.data.tags
     assert parent.data.params["lora.rank"] == "4"
     assert "tuned_cer" in parent.data.metrics
+    assert {entry.path for entry in client.list_artifacts(parent.info.run_id)} == {"metrics.json", "report.html"}
     assert parent.inputs.dataset_inputs
     assert len(client.get_metric_history(nested[-1].info.run_id, "loss")) == 3
+    shown = artifacts_of(parent.data.tags["prefect.flow_run_id"])
+    assert {key: artifact.type for key, artifact in shown.items()} == {
+        "metrics": "table",
+        "summary": "markdown",
+        "report": "markdown",
+    }
+    assert [row["metric"] for row in json.loads(shown["metrics"].data)] == list(first_run["metrics"]["metrics"])
+    assert "| cer (lower is better) |" in shown["report"].data
+
+
+def artifacts_of(flow_run_id: str) -> dict[str, Any]:
+    """What a run shows on its page in the Prefect UI, by name; progress has none."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+    with get_client(sync_client=True) as client:
+        return {entry.key: entry for entry in client.read_artifacts(artifact_filter=of_run) if entry.key is not None}
 
 
 def test_the_export_is_delivered_once(
