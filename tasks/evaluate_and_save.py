@@ -43,9 +43,9 @@ def evaluate_and_save(
     refs = {"metrics": metrics, "training": trained.training, "dataset": dataset, "plan": plan}
     report = save_report(session, f"{Path(session.config.model.name).name}: fine-tuning report", refs)
     exports = {}
-    inputs = {"checkpoint": checkpoint, "adapter": trained.adapter}
+    inputs = {"checkpoint": checkpoint, "adapter": trained.adapter, "metrics": metrics, "dataset": dataset}
     if is_verified_by_loading(session.config):
-        inputs |= {"dataset": dataset, "reference": _reference(session, checkpoint, dataset, trained.adapter)}
+        inputs["reference"] = _reference(session, checkpoint, dataset, trained.adapter)
     for kind in session.config.export.types:
         exports[kind] = _export(session, kind, {name: inputs[name] for name in session.unit(export_unit(kind)).inputs})
         if session.config.export.destination is not None:
@@ -140,6 +140,7 @@ def _reference(session: Session, checkpoint: ArtifactRef, dataset: ArtifactRef, 
 def _export(session: Session, kind: ExportType, refs: Mapping[str, ArtifactRef]) -> ArtifactRef:
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         from vlm.export import export, verify_export
+        from vlm.export.gguf.modelfile import longest_conversation
         from vlm.export.gguf.support import note_unrun
         from vlm.loading.holder import release
 
@@ -151,7 +152,9 @@ def _export(session: Session, kind: ExportType, refs: Mapping[str, ArtifactRef])
             stage / "export",
             max_shard_size_mb=config.export.max_shard_size_mb,
             gguf_type=config.export.gguf_type,
+            longest_tokens=longest_conversation(inputs["dataset"]) if kind == "gguf" else None,
             device=device,
+            metrics=json.loads((inputs["metrics"] / "metrics.json").read_text(encoding="utf-8")),
         ).to_json()
         if "reference" not in inputs:
             if kind == "gguf" and config.export.verify:

@@ -274,7 +274,8 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             {"metrics": METRICS, "training": TRAINING, "dataset": DATASET, "plan": PLAN},
         ),
     ]
-    trained = {"checkpoint": CHECKPOINT, "adapter": TRAINED_ADAPTER}
+    # The figures stand on each export's card.
+    trained = {"checkpoint": CHECKPOINT, "adapter": TRAINED_ADAPTER, "metrics": METRICS}
     if is_verified_by_loading(config):
         units.append(
             Unit(
@@ -287,13 +288,16 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
         )
     for kind in config.export.types:
         verified = _is_verified_by_loading(kind, config)
+        inputs = trained | ({"dataset": DATASET, "reference": REFERENCE} if verified else {})
+        if kind == "gguf":
+            inputs["dataset"] = DATASET  # whose longest conversation decides the context's length
         units.append(
             Unit(
                 export_unit(kind),
                 ("export",),
                 ("vlm.export", "vlm.export.roundtrip") if verified else ("vlm.export",),
                 _export_settings(kind),
-                trained | ({"dataset": DATASET, "reference": REFERENCE} if verified else {}),
+                inputs,
             )
         )
     return tuple(units)

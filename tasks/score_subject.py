@@ -15,6 +15,7 @@ from tasks.registry import Candidate, register, source_of
 from tasks.session import Session
 from tasks.step import finish, named_step
 from tasks.summary import linked, step_outcomes
+from tasks.tracking import viewer
 
 
 @named_step("inference_mode")
@@ -67,7 +68,7 @@ def summarise_evaluation(runs: EvaluationRuns, scored: Scored) -> Json:
             }
     locations = linked(session, {"evaluation": scored.report})
     if session.tracker is not None:
-        locations["runs"] = f"mlflow ui --backend-store-uri {session.tracker.uri}"
+        locations["runs"] = viewer(session.tracker.uri)
     return {
         "subject": {"kind": runs.subject.kind, "name": runs.subject.name},
         "steps": {name: steps[name] for name in EVALUATION_STEPS if name in steps},

@@ -10,6 +10,7 @@ from pathlib import Path
 from artifacts.refs import ArtifactRef
 from tasks.graph import STEPS, Json
 from tasks.session import Session
+from tasks.tracking import viewer
 from vlm.config.evaluation import ExportType
 from vlm.evaluation.verdicts import verdict
 
@@ -146,7 +147,7 @@ def _locations(session: Session, report: ArtifactRef, exports: Mapping[ExportTyp
     if session.config.export.destination is not None:
         where["copies"] = session.config.export.destination
     if session.tracker is not None:
-        where["runs"] = f"mlflow ui --backend-store-uri {session.tracker.uri}"
+        where["runs"] = viewer(session.tracker.uri)
     return where
 
 

@@ -33,6 +33,15 @@ def tracking_uri(session: Session) -> str:
     return f"sqlite:///{folder / 'mlflow.db'}"
 
 
+def viewer(uri: str) -> str:
+    """How people look at the runs: a server's own address, or the command that shows a database.
+
+    Args:
+        uri: The tracking address.
+    """
+    return uri if uri.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {uri}"
+
+
 class Tracker:
     """Logs one flow run; opened by the first step that really runs."""
 

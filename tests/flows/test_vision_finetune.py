@@ -144,9 +144,12 @@ def test_exports_are_verified_in_a_fresh_process(first_run: dict[str, Any], smal
     verification = json.loads((folder / "verification.json").read_text())
     assert verification["num_rows"] == 2
     assert verification["distance"] < verification["max_distance"]
-    assert "Loaded again in a fresh process" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "Loaded again in a fresh process" in card
+    figure = summary["metrics"]["metrics"]["cer"]["tuned"]["value"]
+    assert f"| Character error rate (lower is better) | {figure:.4f} [" in card
     folder = Path(summary["locations"]["gguf"])
-    assert (folder / "Modelfile").exists()
+    assert "PARAMETER num_ctx 4096" in (folder / "Modelfile").read_text()  # short conversations, and the least is that
     says = "with llama.cpp and compared" if llama_cpp_is_there() else "llama.cpp itself did not run the files"
     assert says in (folder / "README.md").read_text()
     assert ran(vision_finetune(config)) == set()
@@ -231,11 +234,29 @@ def test_one_nested_mlflow_run_per_training(first_run: dict[str, Any], small_set
     parent = client.get_run(nested[-1].data.tags["mlflow.parentRunId"])
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["artifact.train.adapter"] == first_run["artifacts"]["train.adapter"]
-    assert "prefect.flow_run_id" in parent.data.tags
     assert parent.data.params["lora.rank"] == "4"
     assert "tuned_cer" in parent.data.metrics
+    assert {entry.path for entry in client.list_artifacts(parent.info.run_id)} == {"metrics.json", "report.html"}
     assert parent.inputs.dataset_inputs
     assert len(client.get_metric_history(nested[-1].info.run_id, "loss")) == 3
+    shown = artifacts_of(parent.data.tags["prefect.flow_run_id"])
+    assert {key: artifact.type for key, artifact in shown.items()} == {
+        "metrics": "table",
+        "summary": "markdown",
+        "report": "markdown",
+    }
+    assert [row["metric"] for row in json.loads(shown["metrics"].data)] == list(first_run["metrics"]["metrics"])
+    assert "| cer (lower is better) |" in shown["report"].data
+
+
+def artifacts_of(flow_run_id: str) -> dict[str, Any]:
+    """What a run shows on its page in the Prefect UI, by name; progress has none."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+    with get_client(sync_client=True) as client:
+        return {entry.key: entry for entry in client.read_artifacts(artifact_filter=of_run) if entry.key is not None}
 
 
 def test_the_export_is_delivered_once(

@@ -34,6 +34,7 @@ def export(
     max_shard_size_mb: int,
     device: str,
     gguf_type: GgufType = "q8_0",
+    longest_tokens: int | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> ExportSummary:
     """Writes an export.
@@ -46,6 +47,8 @@ def export(
         max_shard_size_mb: Largest file of a merged model, in 10^6 bytes.
         device: ``cpu`` or ``cuda``, where weights are merged.
         gguf_type: How a GGUF file stores the language model's matrices.
+        longest_tokens: Longest conversation that the model is meant for, for the context that Ollama gives a GGUF file;
+            None leaves that to Ollama.
         metrics: Content of ``metrics.json`` for the model card, if wanted.
 
     Returns:
@@ -81,7 +84,13 @@ def export(
         from vlm.export.gguf.write import export_gguf
 
         num_modules = export_gguf(
-            checkpoint_dir, adapter_dir, output_dir, gguf_type=gguf_type, device=device, metrics=metrics
+            checkpoint_dir,
+            adapter_dir,
+            output_dir,
+            gguf_type=gguf_type,
+            device=device,
+            longest_tokens=longest_tokens,
+            metrics=metrics,
         )
     else:
         assert_never(kind)

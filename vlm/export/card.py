@@ -64,11 +64,20 @@ def model_card(
     if targets["modules_to_save"]:
         lines.append(f"- Trained whole: {', '.join(f'`{name}`' for name in targets['modules_to_save'])}")
     if metrics is not None:
-        lines += ["", f"Measured on {metrics['num_rows']} rows of the {metrics['split']} split:", ""]
+        lines += [
+            "",
+            f"Measured on {metrics['num_rows']} rows of the {metrics['split']} split, in brackets with the"
+            f" {metrics['interval']['confidence']:.0%} interval:",
+            "",
+        ]
         lines += ["| metric | tuned | base |", "|---|---|---|"]
         for entry in metrics["metrics"].values():
-            values = ["" if entry[who] is None else f"{entry[who]['value']:.4f}" for who in ("tuned", "base")]
-            lines.append(f"| {entry['title']} ({entry['better']} is better) | {values[0]} | {values[1]} |")
+            tuned, base = _figure(entry["tuned"]), _figure(entry["base"])
+            lines.append(f"| {entry['title']} ({entry['better']} is better) | {tuned} | {base} |")
     usage = {"lora": _LOAD_ADAPTER.format(base=base), "gguf": _LOAD_GGUF}.get(kind, _LOAD_MERGED)
     language = "sh" if kind == "gguf" else "python"
     return "\n".join([*lines, "", f"```{language}", usage.rstrip(), "```", ""])
+
+
+def _figure(entry: Mapping[str, float] | None) -> str:
+    return "" if entry is None else f"{entry['value']:.4f} [{entry['low']:.4f}, {entry['high']:.4f}]"

@@ -49,6 +49,11 @@ def local_folder(model: ModelConfig) -> Path | None:
     """
     if is_builtin(model):
         return None
+    if "://" in model.name:
+        raise ModelError(
+            f"model.name {model.name!r} is an address, and models are read from a folder or by their name on the Hub; copy it"
+            " to a folder, or write user/name"
+        )
     path = WEIGHTS_DIR if model.name == BUILTIN_MODEL else Path(model.name).expanduser()
     if path.is_dir():
         return path

@@ -48,6 +48,7 @@ def export_gguf(
     *,
     gguf_type: GgufType,
     device: str,
+    longest_tokens: int | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes the files.
@@ -58,6 +59,7 @@ def export_gguf(
         output_dir: An existing folder.
         gguf_type: How the language model's matrices are stored.
         device: ``cpu`` or ``cuda``, where weights are merged.
+        longest_tokens: Longest conversation that the model is meant for, where that is known.
         metrics: Content of ``metrics.json`` for the card, if wanted.
 
     Returns:
@@ -92,7 +94,7 @@ def export_gguf(
         for writer in writers.values():
             writer.close()
     _check(merged, design.tensors, paths, {"language": gguf_type, "vision": vision_type})
-    text = modelfile(processing, paths["language"].name, paths["vision"].name)
+    text = modelfile(processing, paths["language"].name, paths["vision"].name, longest_tokens)
     (output_dir / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
     merged.write_card(output_dir, "gguf", metrics)
     smallest, largest = image_token_limits(design.heads["vision"], processing)
