@@ -89,6 +89,7 @@ TRAINING = Input("train", "training")
 TUNED = Input("inference_mode.tuned", "predictions")
 BASE = Input("inference_mode.base", "predictions")
 METRICS = Input("evaluate_and_save.metrics", "metrics")
+FIGURES = Input("evaluate_and_save.metrics", "figures")
 REFERENCE = Input("evaluate_and_save.reference", "reference")
 
 
@@ -261,7 +262,7 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
         ),
         Unit(
             "evaluate_and_save.metrics",
-            ("metrics",),
+            ("metrics", "figures"),
             ("vlm.evaluation.evaluate",),
             _evaluation_settings,
             predictions,
@@ -274,8 +275,8 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             {"metrics": METRICS, "training": TRAINING, "dataset": DATASET, "plan": PLAN},
         ),
     ]
-    # The figures stand on each export's card.
-    trained = {"checkpoint": CHECKPOINT, "adapter": TRAINED_ADAPTER, "metrics": METRICS}
+    # The figures stand on each export's card. They are an artifact of their own, so that another slice exports nothing again.
+    trained = {"checkpoint": CHECKPOINT, "adapter": TRAINED_ADAPTER, "figures": FIGURES}
     if is_verified_by_loading(config):
         units.append(
             Unit(

@@ -37,7 +37,7 @@ def score(session: Session, predicted: Predicted, dataset: ArtifactRef | None, a
     """Scores the answers and writes the report."""
     subject = session.subject
     assert subject is not None
-    metrics = save_metrics(session, predicted)
+    metrics, _ = save_metrics(session, predicted)
     refs = {"metrics": metrics} | ({} if dataset is None else {"dataset": dataset})
     report = save_report(session, f"{subject.name}: evaluation report", refs)
     registered = None

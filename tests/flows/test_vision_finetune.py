@@ -135,6 +135,13 @@ def test_a_second_export_repeats_nothing_else(first_run: dict[str, Any], small_s
     assert (Path(summary["locations"]["merged_4bit"]) / "config.json").exists()
 
 
+def test_another_slice_exports_nothing_again(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    summary = vision_finetune(merged(small_settings, evaluation={"slice_by": ["group"]}))
+    assert ran(summary) == {"evaluate_and_save.metrics", "evaluate_and_save.report"}
+    other = {name for name, digest in summary["artifacts"].items() if first_run["artifacts"][name] != digest}
+    assert other == {"evaluate_and_save.metrics.metrics", "evaluate_and_save.report.report"}
+
+
 def test_exports_are_verified_in_a_fresh_process(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
     config = merged(small_settings, export={"types": ["merged_16bit", "gguf"], "verify": True, "verify_rows": 2})
     summary = vision_finetune(config)

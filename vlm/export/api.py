@@ -35,7 +35,7 @@ def export(
     device: str,
     gguf_type: GgufType = "q8_0",
     longest_tokens: int | None = None,
-    metrics: Mapping[str, Any] | None = None,
+    figures: Mapping[str, Any] | None = None,
 ) -> ExportSummary:
     """Writes an export.
 
@@ -49,7 +49,7 @@ def export(
         gguf_type: How a GGUF file stores the language model's matrices.
         longest_tokens: Longest conversation that the model is meant for, for the context that Ollama gives a GGUF file;
             None leaves that to Ollama.
-        metrics: Content of ``metrics.json`` for the model card, if wanted.
+        figures: Content of ``figures.json`` for the model card, if wanted.
 
     Returns:
         Counts.
@@ -61,12 +61,12 @@ def export(
     if kind == "lora":
         from vlm.export.adapter import export_lora
 
-        num_modules = export_lora(checkpoint_dir, adapter_dir, output_dir, metrics=metrics)
+        num_modules = export_lora(checkpoint_dir, adapter_dir, output_dir, figures=figures)
     elif kind == "merged_16bit":
         from vlm.export.merged import export_merged_16bit
 
         num_modules = export_merged_16bit(
-            checkpoint_dir, adapter_dir, output_dir, max_shard_size_mb=max_shard_size_mb, device=device, metrics=metrics
+            checkpoint_dir, adapter_dir, output_dir, max_shard_size_mb=max_shard_size_mb, device=device, figures=figures
         )
     elif kind == "merged_4bit" or kind == "merged_8bit":
         from vlm.export.quantized import export_quantized
@@ -78,7 +78,7 @@ def export(
             output_dir,
             max_shard_size_mb=max_shard_size_mb,
             device=device,
-            metrics=metrics,
+            figures=figures,
         )
     elif kind == "gguf":
         from vlm.export.gguf.write import export_gguf
@@ -90,7 +90,7 @@ def export(
             gguf_type=gguf_type,
             device=device,
             longest_tokens=longest_tokens,
-            metrics=metrics,
+            figures=figures,
         )
     else:
         assert_never(kind)

@@ -276,8 +276,8 @@ def test_the_lora_export_loads_with_plain_peft(tiny_run: Callable, tmp_path: Pat
     with attached(run.loaded, adapter) as model:
         expected = logits(model, batch)
     metric = {"title": "CER", "better": "lower", "tuned": {"value": 0.1, "low": 0.05, "high": 0.2}, "base": None}
-    metrics = {"split": "test", "num_rows": 5, "interval": {"confidence": 0.95}, "metrics": {"cer": metric}}
-    summary = run_export("lora", run, adapter, tmp_path / "lora", metrics=metrics)
+    figures = {"split": "test", "num_rows": 5, "confidence": 0.95, "metrics": {"cer": metric}}
+    summary = run_export("lora", run, adapter, tmp_path / "lora", figures=figures)
     plain = peft.PeftModel.from_pretrained(run.loaded.model, str(tmp_path / "lora")).eval()
     try:
         assert torch.equal(logits(plain, batch), expected)

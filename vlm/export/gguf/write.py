@@ -49,7 +49,7 @@ def export_gguf(
     gguf_type: GgufType,
     device: str,
     longest_tokens: int | None = None,
-    metrics: Mapping[str, Any] | None = None,
+    figures: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes the files.
 
@@ -60,7 +60,7 @@ def export_gguf(
         gguf_type: How the language model's matrices are stored.
         device: ``cpu`` or ``cuda``, where weights are merged.
         longest_tokens: Longest conversation that the model is meant for, where that is known.
-        metrics: Content of ``metrics.json`` for the card, if wanted.
+        figures: Content of ``figures.json`` for the card, if wanted.
 
     Returns:
         Number of merged modules; after full fine-tuning, of trained tensors.
@@ -96,7 +96,7 @@ def export_gguf(
     _check(merged, design.tensors, paths, {"language": gguf_type, "vision": vision_type})
     text = modelfile(processing, paths["language"].name, paths["vision"].name, longest_tokens)
     (output_dir / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
-    merged.write_card(output_dir, "gguf", metrics)
+    merged.write_card(output_dir, "gguf", figures)
     smallest, largest = image_token_limits(design.heads["vision"], processing)
     with (output_dir / "README.md").open("a", encoding="utf-8", newline="\n") as card:
         card.write(
