@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vlm.config.base import Section
+from vlm.config.base import MAX_SEED, Section
 
 BUILTIN_DATASET = "builtin"
 
@@ -78,7 +78,7 @@ class SplitConfig(Section):
 
     validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of groups held out for validation.")
     test_fraction: float = Field(0.1, ge=0, lt=1, description="Share of groups held out for the final evaluation.")
-    seed: int = Field(0, ge=0, description="Changes which groups are held out.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Changes which groups are held out.")
 
     @model_validator(mode="after")
     def _leaves_training_rows(self) -> SplitConfig:
