@@ -88,7 +88,9 @@ def test_the_digest_of_a_subtree_depends_on_that_subtree_only():
 
 
 @given(
-    st.dictionaries(st.sampled_from("abcd"), st.integers() | st.text(max_size=3) | st.floats(allow_nan=False, allow_infinity=False)),
+    st.dictionaries(
+        st.sampled_from("abcd"), st.integers() | st.text(max_size=3) | st.floats(allow_nan=False, allow_infinity=False)
+    ),
     st.data(),
 )
 def test_a_seal_notices_any_changed_byte(fields: dict[str, object], data: st.DataObject):
@@ -145,7 +147,11 @@ def test_what_is_no_sealed_file_is_refused(raw: bytes):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vlm.config.base import MAX_SEED, Section
+from vlm.config.base import Section
 
 BUILTIN_DATASET = "builtin"
 
@@ -78,7 +78,7 @@ class SplitConfig(Section):
 
     validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of groups held out for validation.")
     test_fraction: float = Field(0.1, ge=0, lt=1, description="Share of groups held out for the final evaluation.")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="Changes which groups are held out.")
+    seed: int = Field(0, ge=0, description="Changes which groups are held out.")
 
     @model_validator(mode="after")
     def _leaves_training_rows(self) -> SplitConfig:
@@ -173,6 +173,10 @@ class DataConfig(Section):
     )
     max_dropped_fraction: float = Field(
         0.1, ge=0, le=1, description="Preparation fails when more than this share of the rows had to be dropped."
+    )
+    follow_links: bool = Field(
+        False,
+        description="Read images that symbolic links in a source's folder lead to outside of it; off, such rows are dropped.",
     )
     allow_urls: bool = Field(
         False, description="Fetch images that rows name by a remote address (http, s3, …); off, such rows are dropped."
