@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from artifacts.refs import ArtifactRef
 from tasks.graph import Json
 from tasks.session import Session
+from vlm.redaction import without_secrets
 
 RUN_ID_FILE = "mlflow_run_id"
 
@@ -138,13 +139,13 @@ def training_callbacks(session: Session, work_dir: Path) -> Iterator[list[Any]]:
 
 
 def flat(tree: Json, prefix: str = "") -> dict[str, str]:
-    """Flattens nested settings to dotted names, as MLflow shows parameters."""
+    """Flattens nested settings to dotted names, as MLflow shows parameters, without passwords of addresses."""
     leaves: dict[str, str] = {}
     for name, value in tree.items():
         if isinstance(value, dict) and value:
             leaves |= flat(value, f"{prefix}{name}.")
         else:
-            leaves[f"{prefix}{name}"] = str(value)
+            leaves[f"{prefix}{name}"] = without_secrets(str(value))
     return leaves
 
 
@@ -183,7 +184,7 @@ def _log_dataset(run_id: str, ref: ArtifactRef, store: str) -> None:
     import mlflow
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source = json.dumps({"store": store, "artifact": ref.digest})
+    source = json.dumps({"store": without_secrets(store), "artifact": ref.digest})
     dataset = Dataset(name="dataset", digest=ref.digest[:36], source_type="artifact", source=source)
     used = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
     mlflow.MlflowClient().log_inputs(run_id, datasets=[used])

@@ -20,13 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from pydantic import ValidationError
 
 from artifacts.index import IndexRecord
 from artifacts.manifest import FileEntry, Manifest
 from artifacts.sealed import BrokenSealError, NewerSchemaError, seal
-from flows.cli import parse
+from flows.settings import describe
 from flows.yaml_file import read_yaml
-from vlm.config import DataConfig, SourceConfig
+from vlm.config import DataConfig, RunConfig, SourceConfig
 from vlm.data.images import open_image, pillow_limit, upright_image
 from vlm.data.mapping import map_row, resolve_columns
 from vlm.data.rows import RowError, UnreadableRow
@@ -122,25 +123,19 @@ class _File:
         return "settings.yaml"
 
 
-def _settings(folder: Path) -> Callable[[bytes], None]:
-    path = folder / "settings.yaml"
-
-    def run(data: bytes) -> None:
-        try:
-            content = read_yaml(_File(data))  # type: ignore[arg-type]
-        except ConfigError:
-            return
-        assert isinstance(content, dict)
-        path.write_bytes(data)
-        try:
-            parse(["--config", str(path)])
-        except ConfigError as error:
-            message = str(error)
-        else:
-            message = ""
-        assert len(message) < 200_000
-
-    return run
+def _settings(data: bytes) -> None:
+    try:
+        content = read_yaml(_File(data))  # type: ignore[arg-type]
+    except ConfigError:
+        return
+    assert isinstance(content, dict)
+    try:
+        RunConfig.model_validate(content)
+    except ValidationError as error:
+        message = describe(error, RunConfig)
+    else:
+        message = ""
+    assert len(message) < 200_000
 
 
 def _store(data: bytes) -> None:
@@ -291,7 +286,7 @@ def targets(folder: Path) -> dict[str, Target]:
                 _arrow(pa.ipc.new_file, table, options=pa.ipc.IpcWriteOptions(compression="lz4")),
             ),
         ),
-        "settings": Target(_settings(folder), (settings, b"data: {split: {seed: 3}}\nlora: {rank: 8}\n")),
+        "settings": Target(_settings, (settings, b"data: {split: {seed: 3}}\nlora: {rank: 8}\n")),
         "store": Target(_store, (seal(document), seal({"content": content, "provenance": {}}))),
         "resealed": Target(_resealed, (json.dumps({"content": content, "provenance": {}, **document}).encode(),)),
         "weights": Target(_weights(folder / "weights"), (safetensors(tensors, 28),)),

@@ -119,7 +119,10 @@ def leads_outside(path: str, root: str) -> bool:
         path: Path below the folder; need not exist.
         root: The folder.
     """
-    real, home = os.path.realpath(path), os.path.realpath(root)
+    try:
+        real, home = os.path.realpath(path), os.path.realpath(root)
+    except ValueError:
+        return False  # a name that no file can have leads nowhere
     if real == home or real.startswith(home.rstrip("/") + "/"):
         return False
     snapshot = _SNAPSHOT.match(home + "/")

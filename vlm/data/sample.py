@@ -26,6 +26,7 @@ from vlm.data.video import (
     resize,
     target_size,
 )
+from vlm.errors import ModelError
 from vlm.families.video import Video
 
 # Below this an image shows nothing that can be read, so shrinking further would only hide that the row does not fit.
@@ -271,6 +272,8 @@ class SampleMaker:
             )
         try:
             encoded = self._processing.encode(written, sizes)
+        except ModelError:
+            raise  # not this row's fault
         except ValueError as error:
             raise RowError("not_encodable", f"the conversation cannot be turned into tokens: {error}") from error
         return _Fitted(sizes, written, encoded, num_clipped)
