@@ -24,6 +24,8 @@ MAX_SECONDS = 300
 _CHUNK_BYTES = 1 << 20
 # Where gateways translate to the IPv4 address that is the last 32 bits.
 _TRANSLATED = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
+# Of protocols rather than hosts, though some clouds have their metadata there.
+_PROTOCOLS = ipaddress.IPv4Network("192.0.0.0/24")
 _IPV6_INTERNET = ipaddress.IPv6Network("2000::/3")
 _OBJECT_STORES = frozenset(["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"])
 
@@ -94,14 +96,18 @@ def is_public(address: str) -> bool:
     """Whether an IP address belongs to the public internet, and so does an IPv4 address inside an IPv6 one."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv4Address):
-        return ip.is_global and not ip.is_multicast
+        return _is_public_v4(ip)
     inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
     if any(ip in network for network in _TRANSLATED):
         inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF))
     found = [each for each in inner if each is not None]
-    if not all(each.is_global and not each.is_multicast for each in found):
+    if not all(_is_public_v4(each) for each in found):
         return False
     return bool(found) or (ip.is_global and ip in _IPV6_INTERNET)
+
+
+def _is_public_v4(ip: ipaddress.IPv4Address) -> bool:
+    return ip.is_global and not ip.is_multicast and ip not in _PROTOCOLS
 
 
 def _connect(host: str, port: int, timeout: float) -> socket.socket:

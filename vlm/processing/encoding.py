@@ -265,7 +265,7 @@ class ChatEncoder:
         except (jinja2.TemplateError, *TEMPLATE_ERRORS) as error:
             roles = ", ".join(str(message.get("role")) for message in messages[:6])
             raise DataError(
-                f"the model's chat template refuses a conversation with the roles [{roles}]: {error};"
+                f"the model's chat template refuses a conversation with the roles [{roles}]: {str(error) or type(error).__name__};"
                 " change the conversation to what the template takes"
             ) from error
         return str(rendered[0][0])
