@@ -6,7 +6,9 @@ import re
 
 HIDDEN = "***"
 _PASSWORD = re.compile(r"([a-z][\w+.-]*://[^/\s'\"@:?#]*):[^/\s'\"]*@", re.I)
-_SECRET_NAME = r"[\w.%-]*(?:sig|token|secret|passw|pwd|credential|api_?key|access_?key|auth)[\w.%-]*"
+_SECRET_NAME = (
+    r"(?:[\w.%-]*(?:signature|token|secret|passw|pwd|credential|api_?key|access_?key)[\w.%-]*|sig|auth|authorization)"
+)
 _QUERY = re.compile(rf"(?i)([?&;]{_SECRET_NAME}=)[^&;\s'\"]+")
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from artifacts.refs import ArtifactRef
 from tasks.graph import Json
 from tasks.session import Session
+from vlm.errors import ConfigError
 from vlm.redaction import without_secrets
 
 RUN_ID_FILE = "mlflow_run_id"
@@ -52,15 +53,27 @@ class Tracker:
         self.run_id: str | None = None
 
     def start(self) -> str:
-        """Opens the MLflow run unless it is open; returns its id."""
+        """Opens the MLflow run unless it is open; returns its id.
+
+        Raises:
+            ConfigError: The tracking address cannot be used.
+        """
         if self.run_id is not None:
             return self.run_id
         import mlflow
+        from mlflow.exceptions import MlflowException
 
         mlflow.set_tracking_uri(self.uri)
-        with first_use(self.uri):
-            _set_experiment(self.uri, self.session.config.tracking.experiment)
-        run = mlflow.start_run(tags=self._tags())
+        try:
+            with first_use(self.uri):
+                _set_experiment(self.uri, self.session.config.tracking.experiment)
+            run = mlflow.start_run(tags=self._tags())
+        except MlflowException as error:
+            # Not chained: MLflow repeats the address, password and all, and Prefect keeps tracebacks.
+            raise ConfigError(
+                f"tracking.uri {self.uri!r} cannot be used ({error}); check the address and its login (MLFLOW_TRACKING_USERNAME"
+                " and MLFLOW_TRACKING_PASSWORD), or set tracking.enabled to false"
+            ) from None
         mlflow.log_params(flat(self.shown.model_dump(mode="json", exclude={"runtime", "tracking"})))
         self.run_id = str(run.info.run_id)
         return self.run_id

@@ -83,4 +83,5 @@ def shown(value: object) -> str:
     Args:
         value: Anything.
     """
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 300 else f"{text[:297]}…"

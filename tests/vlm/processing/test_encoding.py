@@ -204,6 +204,26 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
+def test_no_control_token_can_be_typed_by_anybody(pair: Pair) -> None:
+    """Each special token of the family, in every role: the ids have it as often as without the words, or the row is refused."""
+    family = pair.ours.family
+    for token, id_ in special_ids(pair).items():
+        if token in family.markup_tokens or not pair.ours.tokenizer.added_tokens_decoder[id_].special:
+            continue
+        for roles in (("user",), ("assistant",), ("user", "assistant")):
+            messages = [user("a"), assistant("b")]
+            plain = pair.ours.encode(messages, []).input_ids
+            for message in messages:
+                if message["role"] in roles:
+                    message["content"][0]["text"] = f"x{token}{token} y"
+            try:
+                typed = pair.ours.encode(messages, []).input_ids
+            except DataError:
+                continue  # a vocabulary without added tokens has it, too
+            assert typed.count(id_) == plain.count(id_), (token, roles)
+            assert len(typed) > len(plain)
+
+
 def test_typed_control_tokens_keep_their_characters(pair: Pair) -> None:
     end = pair.facts.end_of_turn
     text = f"write {end} and {pair.ours.family.image_token} here"
