@@ -6,34 +6,12 @@ the end of the process; the error that is raised then is meant to end the proces
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 R = TypeVar("R")
-
-
-class _Worker(threading.Thread):
-    def __init__(self) -> None:
-        super().__init__(name="time-limit", daemon=True)
-        self.inbox: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[tuple[Any, BaseException | None]]]] = (
-            queue.SimpleQueue()
-        )
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            work, reply = self.inbox.get()
-            try:
-                reply.put((work(), None))
-            except BaseException as error:
-                reply.put((None, error))
-
-
-_idle: list[_Worker] = []
-os.register_at_fork(after_in_child=_idle.clear)  # threads do not survive a fork
 
 
 def within(seconds: float, work: Callable[[], R]) -> R:
@@ -49,17 +27,21 @@ def within(seconds: float, work: Callable[[], R]) -> R:
     Raises:
         TimeoutError: It takes longer.
     """
-    try:
-        worker = _idle.pop()
-    except IndexError:
-        worker = _Worker()
     reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-    worker.inbox.put((work, reply))
+
+    def run() -> None:
+        try:
+            reply.put((work(), None))
+        except BaseException as error:
+            reply.put((None, error))
+
+    thread = threading.Thread(target=run, name="time-limit", daemon=True)
+    thread.start()
     try:
         result, error = reply.get(timeout=seconds)
     except queue.Empty:
         raise TimeoutError(f"over {seconds:g} seconds") from None
-    _idle.append(worker)
+    thread.join()
     if error is not None:
         raise error
     found: R = result
