@@ -48,12 +48,10 @@ class Target:
     Attributes:
         run: Takes any bytes; any error that it lets through is a fault.
         seeds: Good input.
-        limit_seconds: What one input may take.
     """
 
     run: Callable[[bytes], None]
     seeds: tuple[bytes, ...]
-    limit_seconds: float = 10.0
 
 
 def _image(data: bytes) -> None:
