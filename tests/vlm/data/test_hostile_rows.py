@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -190,7 +191,12 @@ def test_pickled_extension_types_are_not_opened(tmp_path, prepare, monkeypatch):
             writer.write_table(table)
         pq.write_table(table, tmp_path / "rows.parquet")
         for path in (tmp_path / "rows.arrow", tmp_path / "rows.parquet"):
-            assert len(prepare(path).all_rows()) == 1
+            if name == b"arrow.py_extension_type":
+                assert len(prepare(path).all_rows()) == 1
+                continue
+            # Where `datasets` has been imported, it knows its own type and refuses what is no JSON.
+            with contextlib.suppress(DataError):
+                prepare(path)
     assert not mark.exists()
 
 
