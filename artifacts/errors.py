@@ -15,9 +15,14 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from artifacts.redaction import without_secrets
+
 
 class StoreError(Exception):
-    """Base class of all errors of the artifact store."""
+    """Base class of all errors of the artifact store. Passwords in their addresses are hidden."""
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(without_secrets(part) if isinstance(part, str) else part for part in parts))
 
 
 class UnhashableError(StoreError, TypeError):

@@ -186,7 +186,7 @@ def _read_lease(backend: Backend, path: str) -> tuple[str, float] | None:
         return str(fields["owner"]), float(fields["expires"])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "", 0.0  # not a lease: as good as expired
 
 

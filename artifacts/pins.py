@@ -92,7 +92,7 @@ def read_pins(backend: Backend) -> tuple[set[str], list[str]]:
                 continue
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass  # not a pin: as good as expired
         expired.append(entry.path)
     return digests, sorted(expired)

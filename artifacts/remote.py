@@ -16,6 +16,7 @@ from fsspec.core import url_to_fs
 from artifacts.backend import Backend, Entry
 from artifacts.errors import StoreError, StoreUnavailableError, write_error
 from artifacts.hashing import BUFFER_BYTES, Readable
+from artifacts.redaction import without_secrets
 
 # A put to these becomes visible as a whole, and they know no folders. Elsewhere: a temporary file, then a move.
 _OBJECT_STORES = frozenset({"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "obs"})
@@ -34,7 +35,7 @@ class RemoteBackend(Backend):
     is_local = False
 
     def __init__(self, url: str, **options: Any) -> None:
-        self.url = url.rstrip("/")
+        self.url = without_secrets(url.rstrip("/"))
         protocol = url.partition("://")[0]
         try:
             # Other processes write to the same store, so listings must not be remembered.

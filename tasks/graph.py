@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from vlm.config import RunConfig
 from vlm.config.evaluation import ExportType
+from vlm.redaction import settings_without_secrets
 
 StepName = Literal[
     "load_model", "configure_lora", "prepare_dataset", "training_mode", "train", "inference_mode", "evaluate_and_save"
@@ -150,7 +151,10 @@ def _evaluation_settings(run: Resolved) -> Json:
 
 
 def _report_settings(run: Resolved) -> Json:
-    return run.config.model_dump(mode="json", exclude={"runtime", "tracking", "export"})
+    settings: Json = settings_without_secrets(
+        run.config.model_dump(mode="json", exclude={"runtime", "tracking", "export"})
+    )
+    return settings
 
 
 def _reference_settings(run: Resolved) -> Json:

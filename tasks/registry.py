@@ -27,6 +27,7 @@ from tasks.tracking import first_use
 from vlm.config.evaluation import ExportType
 from vlm.errors import ConfigError, DataError
 from vlm.evaluation.verdicts import verdict
+from vlm.redaction import without_secrets
 
 CHAMPION = "champion"
 HISTORY = "champion_history"
@@ -83,11 +84,11 @@ def source_of(session: Session, exports: Mapping[ExportType, ArtifactRef], fallb
     export = session.config.export
     kind = "lora" if "lora" in exports else next(iter(exports), None)
     if kind is not None and export.destination is not None:
-        return f"{export.destination.rstrip('/')}/{kind}"
+        return without_secrets(f"{export.destination.rstrip('/')}/{kind}")
     ref = fallback if kind is None else exports[kind]
     if session.local_root is not None:
         return session.local(ref).as_uri()
-    return f"{session.config.runtime.store}#{ref.digest}"
+    return without_secrets(f"{session.config.runtime.store}#{ref.digest}")
 
 
 def register(session: Session, candidate: Candidate) -> Json:
@@ -111,7 +112,7 @@ def register(session: Session, candidate: Candidate) -> Json:
         "unit": "register_model",
         "version": 1,
         "code": "",
-        "config": {"model": name, "tracking": session.tracker.uri},
+        "config": {"model": name, "tracking": without_secrets(session.tracker.uri)},
         "inputs": {which: ref.digest for which, ref in inputs.items()},
         "sources": {},
     }
@@ -218,7 +219,7 @@ def _register(session: Session, name: str, candidate: Candidate) -> Json:
     except MlflowException:
         model = client.create_registered_model(name)
     tags = {
-        "store": session.config.runtime.store if session.local_root is None else str(session.local_root),
+        "store": _store_address(session),
         "artifact.predictions": candidate.predictions.digest,
         "artifact.metrics": candidate.metrics.digest,
         **{f"artifact.{which}": ref.digest for which, ref in candidate.artifacts.items()},
@@ -238,13 +239,19 @@ def _register(session: Session, name: str, candidate: Candidate) -> Json:
     return {"model": name, "version": number, "champion": is_better, "reason": reason}
 
 
+def _store_address(session: Session) -> str:
+    """Where the run's artifacts are, for the registry: without a password, which whoever reads it has to have."""
+    return without_secrets(session.config.runtime.store) if session.local_root is None else str(session.local_root)
+
+
 def _judge(session: Session, candidate: Candidate, champion: Any) -> tuple[bool, str]:
     """Whether the alias moves, and why."""
     if champion is None:
         return True, "the first version"
     holder = f"version {champion.version}"
     try:
-        store = open_store(champion.tags["store"], session.cache_dir)
+        address = champion.tags["store"]
+        store = session.store if address == _store_address(session) else open_store(address, session.cache_dir)
         answers = store.materialize(champion.tags["artifact.predictions"])
     except (KeyError, StoreError) as error:
         return False, f"{holder}'s answers are not to be had ({error}), so nothing could be compared"

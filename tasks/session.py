@@ -315,7 +315,12 @@ class Session:
             from vlm.data.fingerprint import source_digest
 
             return {
-                f"data.sources[{number}]": source_digest(source, cache_dir=self.cache_dir, on_bytes=advance)
+                f"data.sources[{number}]": source_digest(
+                    source,
+                    follow_links=self.config.data.follow_links,
+                    cache_dir=self.cache_dir,
+                    on_bytes=advance,
+                )
                 for number, source in enumerate(self.config.data.sources)
             }
 

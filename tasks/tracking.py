@@ -17,6 +17,8 @@ from pydantic import BaseModel
 from artifacts.refs import ArtifactRef
 from tasks.graph import Json
 from tasks.session import Session
+from vlm.errors import ConfigError
+from vlm.redaction import without_secrets
 
 RUN_ID_FILE = "mlflow_run_id"
 
@@ -39,6 +41,7 @@ def viewer(uri: str) -> str:
     Args:
         uri: The tracking address.
     """
+    uri = without_secrets(uri)
     return uri if uri.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {uri}"
 
 
@@ -60,15 +63,27 @@ class Tracker:
         self.run_id: str | None = None
 
     def start(self) -> str:
-        """Opens the MLflow run unless it is open; returns its id."""
+        """Opens the MLflow run unless it is open; returns its id.
+
+        Raises:
+            ConfigError: The tracking address cannot be used.
+        """
         if self.run_id is not None:
             return self.run_id
         import mlflow
+        from mlflow.exceptions import MlflowException
 
         mlflow.set_tracking_uri(self.uri)
-        with first_use(self.uri):
-            _set_experiment(self.uri, self.session.config.tracking.experiment)
-        run = mlflow.start_run(tags=self._tags())
+        try:
+            with first_use(self.uri):
+                _set_experiment(self.uri, self.session.config.tracking.experiment)
+            run = mlflow.start_run(tags=self._tags())
+        except MlflowException as error:
+            # Not chained: MLflow repeats the address, password and all, and Prefect keeps tracebacks.
+            raise ConfigError(
+                f"tracking.uri {self.uri!r} cannot be used ({error}); check the address and its login (MLFLOW_TRACKING_USERNAME"
+                " and MLFLOW_TRACKING_PASSWORD), or set tracking.enabled to false"
+            ) from None
         mlflow.log_params(flat(self.shown.model_dump(mode="json", exclude={"runtime", "tracking"})))
         self.run_id = str(run.info.run_id)
         return self.run_id
@@ -147,13 +162,13 @@ def training_callbacks(session: Session, work_dir: Path) -> Iterator[list[Any]]:
 
 
 def flat(tree: Json, prefix: str = "") -> dict[str, str]:
-    """Flattens nested settings to dotted names, as MLflow shows parameters."""
+    """Flattens nested settings to dotted names, as MLflow shows parameters, without passwords of addresses."""
     leaves: dict[str, str] = {}
     for name, value in tree.items():
         if isinstance(value, dict) and value:
             leaves |= flat(value, f"{prefix}{name}.")
         else:
-            leaves[f"{prefix}{name}"] = str(value)
+            leaves[f"{prefix}{name}"] = without_secrets(str(value))
     return leaves
 
 
@@ -192,7 +207,7 @@ def _log_dataset(run_id: str, ref: ArtifactRef, store: str) -> None:
     import mlflow
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source = json.dumps({"store": store, "artifact": ref.digest})
+    source = json.dumps({"store": without_secrets(store), "artifact": ref.digest})
     dataset = Dataset(name="dataset", digest=ref.digest[:36], source_type="artifact", source=source)
     used = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
     mlflow.MlflowClient().log_inputs(run_id, datasets=[used])

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from vlm.config.base import Section
+from vlm.config.base import MAX_SEED, Section
 from vlm.config.evaluation import MetricName
 from vlm.config.model import BUILTIN_MODEL
 
@@ -92,7 +92,7 @@ class TrainingConfig(Section):
     train_on_prompts: bool = Field(
         False, description="Put loss on the user's words too; off, only the assistant's words count."
     )
-    seed: int = Field(0, ge=0, description="Of row order and dropout.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Of row order and dropout.")
     log_every_steps: int = Field(10, ge=1, description="Steps between two logged losses.")
     checkpoint_every_steps: int = Field(
         100, ge=1, description="Steps between two checkpoints from which an interrupted run resumes."

@@ -100,14 +100,18 @@ def _folders(work_dir: Path) -> list[tuple[int, Path]]:
 def _is_complete(folder: Path, step: int, identity: str) -> bool:
     if not (folder / MARKER).is_file():
         return False
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    if marker["step"] != step or marker["identity"] != identity:
-        return False
-    for name, file in marker["files"].items():
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if marker["step"] != step or marker["identity"] != identity:
+            return False
+        listed = {name: (file["size_bytes"], file["sha256"]) for name, file in marker["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False  # not what `mark_complete` wrote
+    for name, (size_bytes, sha256) in listed.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != file["size_bytes"]:
+        if not path.is_file() or path.stat().st_size != size_bytes:
             return False
         with path.open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != file["sha256"]:
+            if hashlib.file_digest(handle, "sha256").hexdigest() != sha256:
                 return False
     return True
