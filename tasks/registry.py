@@ -226,8 +226,12 @@ def _register(session: Session, name: str, candidate: Candidate) -> Json:
         **{f"metric.{metric}": f"{entry['tuned']['value']:.6g}" for metric, entry in metrics["metrics"].items()},
     }
     is_better, reason = _judge(session, candidate, champion)
+    # MLflow's page shows the description beside each version, and cuts tags short.
+    figures = ", ".join(f"{metric} {entry['tuned']['value']:.4f}" for metric, entry in metrics["metrics"].items())
     try:
-        version = client.create_model_version(name, candidate.source, run_id=run_id, tags={**tags, "note": reason})
+        version = client.create_model_version(
+            name, candidate.source, run_id=run_id, tags={**tags, "note": reason}, description=f"{figures}. {reason}"
+        )
     except MlflowException as error:
         raise ConfigError(
             f"tracking.registered_model {name!r}: {uri} refuses a version with source {candidate.source!r}"

@@ -19,8 +19,6 @@ from tasks.graph import Json
 from tasks.session import Session
 
 RUN_ID_FILE = "mlflow_run_id"
-# By this tag MLflow's page opens with runs and curves; without it, with an empty overview of language model calls.
-KIND = "mlflow.experimentKind"
 
 
 def tracking_uri(session: Session) -> str:
@@ -160,9 +158,7 @@ def _set_experiment(uri: str, name: str) -> None:
     if uri.startswith("sqlite:///") and mlflow.get_experiment_by_name(name) is None:
         folder = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow_artifacts"
         mlflow.create_experiment(name, artifact_location=folder.as_uri())
-    experiment = mlflow.set_experiment(name)
-    if KIND not in experiment.tags:
-        mlflow.set_experiment_tag(KIND, "custom_model_development")
+    mlflow.set_experiment(name)
 
 
 @contextmanager

@@ -108,6 +108,7 @@ def test_the_first_version_is_champion_with_digests_and_figures(registry: Regist
     stored = mlflow.MlflowClient(registry.uri).get_model_version("receipts", "1")
     assert stored.source == "memory://exports/lora"
     assert stored.run_id
+    assert stored.description == "cer 0.5333. the first version"
     assert len(stored.tags["artifact.adapter"]) == 64
 
 
