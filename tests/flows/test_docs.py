@@ -149,10 +149,14 @@ def understand(words: list[str]) -> None:
                 assert name in (".", "vision-finetune")
                 assert {extra for extra in asked.rstrip("]").split(",") if extra} <= extras
         case ["mlflow", *rest]:
+            from click import Group
             from mlflow.cli import cli
 
-            name, command, rest = cli.resolve_command(cli.make_context("mlflow", rest, resilient_parsing=True), rest)
-            assert command is not None, name
+            command: Any = cli
+            name: str | None = "mlflow"
+            while isinstance(command, Group):
+                context = command.make_context(name, list(rest), resilient_parsing=True)
+                name, command, rest = command.resolve_command(context, rest)
             command.make_context(name, rest)
         case ["prefect", *rest]:
             rest = [word for word in rest if word != "--no-prompt"]  # of all commands; read before theirs
