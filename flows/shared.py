@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from prefect import State, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.events import emit_event
 
 from artifacts.errors import CorruptObjectError, NotFoundError
 from artifacts.refs import ArtifactRef
@@ -17,6 +18,8 @@ from tasks.summary import format_summary, metric_figures, metric_rows, report_ma
 from tasks.tracking import Tracker
 
 R = TypeVar("R")
+
+CHAMPION_EVENT = "vision-finetune.champion"
 
 
 def run_mending(run_steps: Callable[[], R], num_attempts: int = 3) -> R:
@@ -52,6 +55,22 @@ def publish_to_prefect(summary: Json) -> None:
     create_table_artifact(metric_rows(summary), key="metrics", description="Tuned and base model on held-out rows")
     create_markdown_artifact(f"```text\n{format_summary(summary)}\n```", key="summary", description="Last lines")
     create_markdown_artifact(report_markdown(summary), key="report", description="The report in short")
+
+
+def announce_champion(summary: Json) -> None:
+    """Emits an event where this run's result became champion, for automations to send on (``flows/notify.py``).
+
+    Args:
+        summary: Of the finished run.
+    """
+    registered = summary.get("registered")
+    if registered and registered["champion"]:
+        name = registered["model"]
+        emit_event(
+            CHAMPION_EVENT,
+            resource={"prefect.resource.id": f"vision-finetune.model.{name}", "prefect.resource.name": name},
+            payload={which: registered[which] for which in ("model", "version", "reason")},
+        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.shared import failures_tracked, finish_tracking, publish_to_prefect, run_mending, value_of
+from flows.shared import announce_champion, failures_tracked, finish_tracking, publish_to_prefect, run_mending, value_of
 from tasks.configure_lora import configure_lora
 from tasks.evaluate_and_save import Saved, evaluate_and_save
 from tasks.graph import Json, StepName
@@ -55,6 +55,7 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
                 finish_tracking(session.tracker, session, summary, saved.metrics, saved.report)
             if not all(step["cached"] for step in summary["steps"].values()):
                 publish_to_prefect(summary)
+                announce_champion(summary)
             return summary
     finally:
         session.close()

@@ -4,8 +4,9 @@ A version holds no copy: its source is where the export lies, its tags are diges
 that a result was registered, so a rerun with nothing to do registers nothing, and needs no MLflow; that note also keeps
 the registered artifacts from garbage collection.
 
-The alias moves by itself only to what is significantly better than its present holder on the same rows, and by hand
-with ``python -m flows.promote``. Every move is written into the registered model's history.
+The alias moves by itself only to what is significantly better than its present holder on the rows that both answered
+(where data grows, so does its test split; rows stay in the split that they are in), and by hand with
+``python -m flows.promote``. Every move is written into the registered model's history.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from typing import Any
 from artifacts.errors import StoreError
 from artifacts.keys import canonical_digest, step_key
 from artifacts.refs import ArtifactRef
-from tasks.comparison import compare_answers
+from tasks.comparison import compare_common_answers
 from tasks.graph import Json
 from tasks.session import Session, open_store
 from tasks.tracking import first_use
 from vlm.config.evaluation import ExportType
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError
 from vlm.evaluation.verdicts import verdict
 from vlm.redaction import without_secrets
 
@@ -226,8 +227,12 @@ def _register(session: Session, name: str, candidate: Candidate) -> Json:
         **{f"metric.{metric}": f"{entry['tuned']['value']:.6g}" for metric, entry in metrics["metrics"].items()},
     }
     is_better, reason = _judge(session, candidate, champion)
+    # MLflow's page shows the description beside each version, and cuts tags short.
+    figures = ", ".join(f"{metric} {entry['tuned']['value']:.4f}" for metric, entry in metrics["metrics"].items())
     try:
-        version = client.create_model_version(name, candidate.source, run_id=run_id, tags={**tags, "note": reason})
+        version = client.create_model_version(
+            name, candidate.source, run_id=run_id, tags={**tags, "note": reason}, description=f"{figures}. {reason}"
+        )
     except MlflowException as error:
         raise ConfigError(
             f"tracking.registered_model {name!r}: {uri} refuses a version with source {candidate.source!r}"
@@ -255,9 +260,8 @@ def _judge(session: Session, candidate: Candidate, champion: Any) -> tuple[bool,
         answers = store.materialize(champion.tags["artifact.predictions"])
     except (KeyError, StoreError) as error:
         return False, f"{holder}'s answers are not to be had ({error}), so nothing could be compared"
-    try:
-        compared = compare_answers(session.local(candidate.predictions), answers, session.config.evaluation)
-    except DataError:
+    compared = compare_common_answers(session.local(candidate.predictions), answers, session.config.evaluation)
+    if compared is None:
         return False, f"{holder} answered other rows, so nothing could be compared"
     entry = next(iter(compared["metrics"].values()))
     difference = entry["difference"]
@@ -265,6 +269,7 @@ def _judge(session: Session, candidate: Candidate, champion: Any) -> tuple[bool,
     figures = f"{difference['value']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
     if "p_value" in difference:
         figures += f", p = {difference['p_value']:.3g}"
+    figures += f", on the {compared['num_rows']} rows that both answered"
     return judged == "better", f"{entry['title']} against {holder}: {judged} ({figures})"
 
 

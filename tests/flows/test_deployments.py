@@ -46,6 +46,8 @@ def test_all_deploy_and_one_runs_to_completed(server: dict[str, str], tmp_path: 
     deployments = {entry["name"]: entry for entry in post(f"{url}/deployments/filter", {})}
     assert set(deployments) == {"on-demand", "nightly", "evaluate"}
     assert deployments["nightly"]["schedules"][0]["schedule"]["cron"] == "30 2 * * *"
+    assert deployments["nightly"]["parameters"]["config"]["tracking"]["registered_model"]
+    assert deployments["nightly"]["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     assert deployments["on-demand"]["schedules"] == []
     assert deployments["evaluate"]["entrypoint"] == "flows.evaluate.evaluate"
     assert "What is scored" in json.dumps(deployments["evaluate"]["parameter_openapi_schema"])

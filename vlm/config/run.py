@@ -24,7 +24,7 @@ class TrackingConfig(Section):
         min_length=1,
         pattern=r"^[\w .-]+$",
         description="Registers every run as a version of this model in MLflow's registry; the alias 'champion' moves to it"
-        " where the leading metric is significantly better on the same rows. None registers nothing.",
+        " where the leading metric is significantly better on the rows that both answered. None registers nothing.",
     )
 
     @model_validator(mode="after")

@@ -109,7 +109,8 @@ class TrainingConfig(Section):
     generate_max_rows: int = Field(
         32, ge=1, description="Rows of such a round, the same ones every time, spread evenly over the validation split."
     )
-    keep_best: Literal["none", "loss"] | MetricName = Field(
+    # One Literal, not a union of two: forms show a union as alternatives of one name, and a literal as one list.
+    keep_best: Literal["none", "loss", MetricName] = Field(
         "none",
         description="The trained adapter is the one with the best validation loss, or the best value of a metric in the rounds"
         " of `generate_every_steps`, of equal ones the latest; 'none' takes the last one.",
