@@ -1,4 +1,4 @@
-"""Pins: what a running flow needs, so that garbage collection leaves it alone. They expire if the flow dies."""
+"""Pins: what a running flow needs, so that garbage collection leaves it alone. They expire when the flow is dead."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from artifacts.backend import Backend
 from artifacts.locks import Heartbeat
@@ -87,7 +88,7 @@ def read_pins(backend: Backend) -> tuple[set[str], list[str]]:
     for entry in backend.walk("pins"):
         try:
             fields = json.loads(backend.read(entry.path))
-            if fields["expires"] > time.time():
+            if fields["expires"] > time.time() or _lives(fields):
                 digests.update(fields["digests"])
                 continue
         except FileNotFoundError:
@@ -96,3 +97,16 @@ def read_pins(backend: Backend) -> tuple[set[str], list[str]]:
             pass  # not a pin: as good as expired
         expired.append(entry.path)
     return digests, sorted(expired)
+
+
+def _lives(fields: Mapping[str, Any]) -> bool:
+    """Whether the owner of a pin runs on this machine, whatever the clock says: it jumps when a machine has slept."""
+    if fields["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(fields["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True

@@ -250,6 +250,14 @@ class Store:
             problems += [f"{name} ({ref.short}): {problem}" for problem in self._artifact_problems(ref, full=full)]
         return Lookup(None if problems else record, tuple(problems))
 
+    def is_recorded(self, unit: str, key: str) -> bool:
+        """Whether there is a record of a key, whatever has become of what it names.
+
+        To ask again after `pin`: garbage collection drops records before it reads the pins for the last time, so what a
+        record names that is still there now cannot be collected any more.
+        """
+        return self.backend.info(self.index.path(unit, key)) is not None
+
     def _artifact_problems(self, ref: ArtifactRef, *, full: bool) -> list[str]:
         try:
             manifest = self.manifest(ref)

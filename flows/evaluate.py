@@ -15,7 +15,14 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.shared import failures_tracked, finish_tracking, publish_to_prefect, run_mending, value_of
+from flows.shared import (
+    cancelled_when_interrupted,
+    failures_tracked,
+    finish_tracking,
+    publish_to_prefect,
+    run_mending,
+    value_of,
+)
 from tasks.evaluation_graph import EvaluationStepName
 from tasks.evaluation_runs import EvaluationRuns
 from tasks.graph import Json
@@ -28,7 +35,7 @@ from tasks.tracking import Tracker
 from vlm.config import EvaluateConfig
 
 
-@flow(name="evaluate", persist_result=False, validate_parameters=True)
+@flow(name="evaluate", persist_result=False, validate_parameters=True, on_crashed=[cancelled_when_interrupted])
 def evaluate(config: EvaluateConfig, rerun_from: EvaluationStepName | None = None) -> Json:
     """Scores an adapter, a whole model or a predictions file against a dataset.
 

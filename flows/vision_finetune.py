@@ -14,7 +14,14 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.shared import failures_tracked, finish_tracking, publish_to_prefect, run_mending, value_of
+from flows.shared import (
+    cancelled_when_interrupted,
+    failures_tracked,
+    finish_tracking,
+    publish_to_prefect,
+    run_mending,
+    value_of,
+)
 from tasks.configure_lora import configure_lora
 from tasks.evaluate_and_save import Saved, evaluate_and_save
 from tasks.graph import Json, StepName
@@ -32,7 +39,7 @@ from vlm.config import RunConfig
 DEFAULTS = RunConfig()
 
 
-@flow(name="vision-finetune", persist_result=False, validate_parameters=True)
+@flow(name="vision-finetune", persist_result=False, validate_parameters=True, on_crashed=[cancelled_when_interrupted])
 def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = None) -> Json:
     """Fine-tunes a vision-language model on image-text conversations.
 

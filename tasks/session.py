@@ -245,16 +245,23 @@ class Session:
                 if result is None:
                     result = self._build(unit, key, document, inputs, build, started)
                     shutil.rmtree(self.store.resumable(key), ignore_errors=True)
-        if self._pin is None:
-            self._pin = self._exit.enter_context(self.store.pin())
-        self._pin.add(*result.outputs.values())
+                    self._hold(result.outputs)
         self.results[unit.name] = result
         return result
+
+    def _hold(self, outputs: Outputs) -> None:
+        """Keeps artifacts from garbage collection until the run ends."""
+        if self._pin is None:
+            self._pin = self._exit.enter_context(self.store.pin())
+        self._pin.add(*outputs.values())
 
     def _lookup(self, unit: Unit, key: str) -> UnitResult | None:
         record = self.store.lookup(unit.name, key)
         if record is None:
             return None
+        self._hold(dict(record.outputs))
+        if not self.store.is_recorded(unit.name, key):
+            return None  # garbage collection came in between
         return UnitResult(unit.name, key, dict(record.outputs), cached=True, wall_seconds=0.0, info=dict(record.info))
 
     def _build(

@@ -40,8 +40,8 @@ def run_flow_locally(config: RunConfig, rerun_from: str | None = None) -> dict[s
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Task, "__call__", call))
-        stack.enter_context(mock.patch("flows.vision_finetune.publish_to_prefect", lambda summary: None))
-        stack.enter_context(mock.patch("flows.shared.get_run_logger", lambda: logging.getLogger("flows")))
+        stack.enter_context(mock.patch("flows.vision_finetune.publish_to_prefect"))
+        stack.enter_context(mock.patch("flows.shared.get_run_logger", return_value=logging.getLogger("flows")))
         return vision_finetune.fn(config, rerun_from)
 
 
