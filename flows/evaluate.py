@@ -53,8 +53,7 @@ def evaluate(config: EvaluateConfig, rerun_from: EvaluationStepName | None = Non
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None, shown=config)
     try:
         with failures_tracked(session):
-            scored = run_mending(lambda: run_steps(runs))
-            summary = summarise_evaluation(runs, scored)
+            scored, summary = run_mending(lambda: run_and_summarise(runs))
             if not all(step["cached"] for step in summary["steps"].values()):
                 if session.tracker is not None:
                     session.tracker.start()
@@ -63,6 +62,12 @@ def evaluate(config: EvaluateConfig, rerun_from: EvaluationStepName | None = Non
             return summary
     finally:
         runs.close()
+
+
+def run_and_summarise(runs: EvaluationRuns) -> tuple[Scored, Json]:
+    """Runs all steps and sums up, for which their artifacts are read."""
+    scored = run_steps(runs)
+    return scored, summarise_evaluation(runs, scored)
 
 
 def run_steps(runs: EvaluationRuns) -> Scored:

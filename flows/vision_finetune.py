@@ -56,8 +56,7 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None)
     try:
         with failures_tracked(session):
-            saved = run_mending(lambda: run_steps(session))
-            summary = summarise(session, *saved)
+            saved, summary = run_mending(lambda: run_and_summarise(session))
             if session.tracker is not None:
                 finish_tracking(session.tracker, session, summary, saved.metrics, saved.report)
             if not all(step["cached"] for step in summary["steps"].values()):
@@ -65,6 +64,12 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
             return summary
     finally:
         session.close()
+
+
+def run_and_summarise(session: Session) -> tuple[Saved, Json]:
+    """Runs all steps and sums up, for which their artifacts are read."""
+    saved = run_steps(session)
+    return saved, summarise(session, *saved)
 
 
 def run_steps(session: Session) -> Saved:

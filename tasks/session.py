@@ -245,9 +245,11 @@ class Session:
                 if result is None:
                     result = self._build(unit, key, document, inputs, build, started)
                     shutil.rmtree(self.store.resumable(key), ignore_errors=True)
-                    self._hold(result.outputs)
-        self.results[unit.name] = result
-        return result
+        earlier = self.results.get(unit.name)
+        # A run that starts over, to mend what proved damaged, finds what it has made itself; that was no cached result.
+        if earlier is None or not result.cached or earlier.outputs != result.outputs:
+            self.results[unit.name] = result
+        return self.results[unit.name]
 
     def _hold(self, outputs: Outputs) -> None:
         """Keeps artifacts from garbage collection until the run ends."""
@@ -298,6 +300,7 @@ class Session:
                     for output in unit.outputs
                 }
         wall_seconds = time.monotonic() - started
+        self._hold(outputs)  # first, so that garbage collection never sees the record without it
         self.store.record(unit.name, key, document, outputs, {"wall_seconds": round(wall_seconds, 3), **info})
         return UnitResult(unit.name, key, outputs, cached=False, wall_seconds=wall_seconds, info=info)
 

@@ -7,6 +7,7 @@ the same moment again where a time does not. Children can also be killed from ou
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -39,6 +40,8 @@ def import_all(names: Iterable[str]) -> None:
         if name not in sys.modules:
             with suppress(ImportError):  # some exist only beside the one that made them
                 importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or every child would look through all of it for garbage
 
 
 def settings(store: str, *, tracking: bool = False, **training: Any) -> dict[str, Any]:
@@ -240,13 +243,13 @@ class KillSeries:
         self.report = Report()
         first = self._start("undisturbed", None).wait()
         assert first is not None
-        self._expected = exact_artifacts(first["summary"])
+        self.expected = exact_artifacts(first["summary"])
         self.changes: dict[str, int] = first["changes"]
         import_all(first["modules"])
         again = self._start("again", None)
         second = again.wait()
         assert second is not None
-        assert exact_artifacts(second["summary"]) == self._expected, "undisturbed runs differ"
+        assert exact_artifacts(second["summary"]) == self.expected, "undisturbed runs differ"
         self._seconds = time.monotonic() - again.started
 
     def run(self, num_kills: int, *, by_time: float = 0.0) -> Report:
@@ -262,16 +265,17 @@ class KillSeries:
             self._one_store(f"killed-{number}", num_kills, by_time)
         return self.report
 
-    def _root(self, name: str) -> Path:
+    def root(self, name: str) -> Path:
+        """Where the store of that name lies: ``undisturbed`` and ``again`` hold finished runs."""
         return self._folder / name / "store"
 
     def _start(self, name: str, count: int | None) -> Child:
-        root = self._root(name)
+        root = self.root(name)
         config = settings(str(root), tracking=self._tracking)
         return fork(lambda: run_and_die(config, root, count), self._folder / "answer.json")
 
     def _one_store(self, name: str, num_kills: int, by_time: float) -> None:
-        root = self._root(name)
+        root = self.root(name)
         store = Store.open(str(root))
         while True:
             expected_step = newest_checkpoint(root)
@@ -279,7 +283,7 @@ class KillSeries:
             from_outside = self._random.random() < by_time
             last = len(self.report.kills) >= num_kills
             # Now and then past the end of a unit, so that each has its turn.
-            reach = round(1.3 * self.changes.get(self._unit_at_work(store), 10))
+            reach = 20 + round(1.3 * self.changes.get(self._unit_at_work(store), 10))
             count = None if last or from_outside else self._random.randint(1, reach)
             child = self._start(name, count)
             if from_outside and not last:
@@ -297,8 +301,8 @@ class KillSeries:
                 )
             )
         self.report.num_runs += 1
-        if (found := exact_artifacts(answer["summary"])) != self._expected:
-            different = sorted(key for key in found if found[key] != self._expected[key])
+        if (found := exact_artifacts(answer["summary"])) != self.expected:
+            different = sorted(key for key in found if found[key] != self.expected[key])
             self.report.faults.append(f"{name}: other artifacts than the undisturbed run: {different}")
         if list((root / "work").glob("*/checkpoint-*")):
             self.report.faults.append(f"{name}: checkpoints were left behind")
@@ -331,16 +335,3 @@ def waste(root: Path) -> int:
     """Number of half-written things in a store."""
     scratch = sum(1 for path in (root / "tmp").rglob("*") if path.is_file() and not path.name.startswith("owner."))
     return scratch + sum(1 for path in checkpoint_folders(root) if not (path / _MARKER).exists())
-
-
-def main() -> None:
-    """Prints the report of a series as JSON: folder, seed, number of kills, share by time, ``tracking`` or nothing."""
-    folder, seed, num_kills, by_time, *rest = sys.argv[1:]
-    series = KillSeries(Path(folder), int(seed), tracking="tracking" in rest)
-    report = series.run(int(num_kills), by_time=float(by_time))
-    kills = [vars(kill) for kill in report.kills]
-    sys.stdout.write(json.dumps({**vars(report), "kills": kills, "changes": series.changes}) + "\n")
-
-
-if __name__ == "__main__":
-    main()
