@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifacts.code_digest import code_digest
+from artifacts.errors import StoreError, full_disk
 from artifacts.keys import step_key
 from artifacts.manifest import subtree_digest
 from artifacts.pins import Pin
@@ -23,6 +24,7 @@ from artifacts.store import Store
 from tasks.graph import STEPS, Json, Resolved, Unit, units_for
 from vlm.cache import cache_directory
 from vlm.config import ModelConfig, RunConfig
+from vlm.errors import VlmError
 from vlm.loading.device import detect_device, resolve_precision, resolve_quantization
 from vlm.progress import counting_bytes
 
@@ -285,7 +287,14 @@ class Session:
         with self.store.staging() as stage:
             for output in unit.outputs:
                 (stage / output).mkdir()
-            info = build(stage, folders)
+            try:
+                info = build(stage, folders)
+            except (StoreError, VlmError):
+                raise
+            except Exception as error:
+                if (full := full_disk(stage, error)) is not None:
+                    raise full from error
+                raise
             size_bytes = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
             with counting_bytes("publishing", size_bytes) as advance:
                 outputs = {
