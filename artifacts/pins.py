@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -12,10 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from artifacts.backend import Backend
+from artifacts.errors import StoreError
 from artifacts.locks import Heartbeat
 from artifacts.refs import ArtifactRef, check_digest
 
 PIN_SECONDS = 3600.0
+
+_log = logging.getLogger("artifacts")
 
 
 class Pin:
@@ -26,6 +30,7 @@ class Pin:
         self._seconds = seconds
         self._path = f"pins/{os.urandom(8).hex()}.json"
         self._digests: set[str] = set()
+        self._is_written = False
         self._lock = threading.Lock()
 
     def add(self, *artifacts: ArtifactRef | str) -> None:
@@ -49,7 +54,7 @@ class Pin:
     def remove(self) -> None:
         """Lets everything go."""
         with self._lock:
-            if self._digests:
+            if self._is_written:
                 self._backend.remove(self._path)
 
     def _write(self) -> None:
@@ -60,6 +65,7 @@ class Pin:
             "pid": os.getpid(),
         }
         self._backend.write(self._path, json.dumps(fields).encode())
+        self._is_written = True
 
 
 @contextmanager
@@ -78,7 +84,10 @@ def pinned(backend: Backend, artifacts: Iterable[ArtifactRef | str], seconds: fl
         yield pin
     finally:
         heartbeat.stop()
-        pin.remove()
+        try:
+            pin.remove()
+        except StoreError as error:
+            _log.warning("A pin stays until it expires: %s", error)  # no reason to call finished work a failure
 
 
 def read_pins(backend: Backend) -> tuple[set[str], list[str]]:

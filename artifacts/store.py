@@ -122,6 +122,10 @@ class Store:
             path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def has_resumable(self, key: str) -> bool:
+        """Whether an interrupted run of a key has left something."""
+        return (self.work_dir / "work" / check_name(key, "key")).is_dir()
+
     def publish(
         self,
         directory: Path,

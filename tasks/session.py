@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifacts.code_digest import code_digest
-from artifacts.errors import StoreError, full_disk
+from artifacts.errors import StoreError, StoreWriteError, full_disk
 from artifacts.keys import step_key
 from artifacts.manifest import subtree_digest
 from artifacts.pins import Pin
@@ -30,6 +31,8 @@ from vlm.progress import counting_bytes
 
 if TYPE_CHECKING:
     from vlm.evaluation.subject import Subject
+
+_log = logging.getLogger("artifacts")
 
 Outputs = dict[str, ArtifactRef]
 Build = Callable[[Path, Mapping[str, Path]], Json]
@@ -247,11 +250,20 @@ class Session:
                 if result is None:
                     result = self._build(unit, key, document, inputs, build, started)
                     shutil.rmtree(self.store.resumable(key), ignore_errors=True)
+        if result.cached:
+            self._tidy(unit, key)
         earlier = self.results.get(unit.name)
         # A run that starts over, to mend what proved damaged, finds what it has made itself; that was no cached result.
         if earlier is None or not result.cached or earlier.outputs != result.outputs:
             self.results[unit.name] = result
         return self.results[unit.name]
+
+    def _tidy(self, unit: Unit, key: str) -> None:
+        """Removes what a run left that was killed after its record and before it had tidied up itself."""
+        if not self.store.has_resumable(key):
+            return
+        with suppress(_BusyError, StoreWriteError), self.store.lock(unit.name, key, on_wait=_give_up):
+            shutil.rmtree(self.store.resumable(key), ignore_errors=True)
 
     def _hold(self, outputs: Outputs) -> None:
         """Keeps artifacts from garbage collection until the run ends."""
@@ -263,7 +275,11 @@ class Session:
         record = self.store.lookup(unit.name, key)
         if record is None:
             return None
-        self._hold(dict(record.outputs))
+        try:
+            self._hold(dict(record.outputs))
+        except StoreWriteError as error:
+            # A store that this user may only read still answers; who may write to it may also collect its garbage.
+            _log.debug("Not held: %s", error)
         if not self.store.is_recorded(unit.name, key):
             return None  # garbage collection came in between
         return UnitResult(unit.name, key, dict(record.outputs), cached=True, wall_seconds=0.0, info=dict(record.info))
@@ -337,6 +353,14 @@ class Session:
                 f"data.sources[{number}]": source_digest(source, cache_dir=self.cache_dir, on_bytes=advance)
                 for number, source in enumerate(self.config.data.sources)
             }
+
+
+class _BusyError(Exception):
+    """Another process works on it."""
+
+
+def _give_up(seconds: float) -> None:
+    raise _BusyError
 
 
 def package_versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from artifacts import StoreWriteError
-from tasks.session import Session
+from tasks.session import Session, UnitResult
 from tests.support.small_disk import small_disk
 from vlm.config import RunConfig
 
@@ -44,3 +44,22 @@ def test_other_errors_of_a_unit_stay_what_they_are(tmp_path: Path) -> None:
     session = Session.open(RunConfig.model_validate({"runtime": {"store": str(tmp_path / "store")}}))
     with pytest.raises(RuntimeError, match="something else"):
         session.run("load_model", {}, build)
+
+
+def test_what_a_run_left_that_was_killed_after_its_record_is_removed(tmp_path: Path) -> None:
+    def build(stage: Path, folders: Mapping[str, Path]) -> dict[str, object]:
+        (stage / "checkpoint" / "weights").write_bytes(b"weights")
+        return {}
+
+    def run() -> UnitResult:
+        return Session.open(config).run("load_model", {}, build)
+
+    config = RunConfig.model_validate({"runtime": {"store": str(tmp_path / "store")}})
+    key, store = run().key, Session.open(config).store
+    left = store.resumable(key) / "checkpoint-3"
+    left.mkdir()
+    with store.lock("load_model", key):  # another process runs it anew
+        assert run().cached
+        assert left.exists()
+    assert run().cached
+    assert not store.has_resumable(key)
