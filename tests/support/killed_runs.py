@@ -25,13 +25,24 @@ from unittest import mock
 
 from artifacts.store import Store
 from tasks.session import Session, UnitResult
-from tests.support.local_flow import exact_artifacts, run_flow_locally
+from tests.support.local_flow import code_digest_once, exact_artifacts, run_flow_locally
 from vlm.config import RunConfig
 
 # Opening for reading changes nothing.
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.utime")
 _MARKER = "complete.json"
+
+
+def import_most() -> None:
+    """Imports what takes longest of what a run needs."""
+    import bitsandbytes  # noqa: F401
+    import datasets  # noqa: F401
+    import pyarrow.dataset  # noqa: F401
+    from trl import SFTTrainer  # noqa: F401
+
+    import vlm.evaluation.evaluate
+    import vlm.training.train  # noqa: F401
 
 
 def import_all(names: Iterable[str]) -> None:
@@ -241,6 +252,10 @@ class KillSeries:
         self._random = random.Random(seed)
         self._tracking = tracking
         self.report = Report()
+        import_most()
+        session = Session.open(RunConfig.model_validate(settings(str(self.root("undisturbed")))))
+        for unit in session.units:
+            code_digest_once(unit.code, cache_dir=session.cache_dir)
         first = self._start("undisturbed", None).wait()
         assert first is not None
         self.expected = exact_artifacts(first["summary"])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
+from artifacts.code_digest import code_digest
 from vlm.config import RunConfig
+
+# The code stays as it is while the tests run.
+code_digest_once = functools.cache(code_digest)
 
 # What a run must give to the bit, however often it was disturbed. Left out is what tells of the run itself: its seconds
 # are in the metrics of the training, and in the report and the model card that quote them.
@@ -39,6 +44,7 @@ def run_flow_locally(config: RunConfig, rerun_from: str | None = None) -> dict[s
         return task.fn(*arguments, **named)
 
     with ExitStack() as stack:
+        stack.enter_context(mock.patch("tasks.session.code_digest", code_digest_once))
         stack.enter_context(mock.patch.object(Task, "__call__", call))
         stack.enter_context(mock.patch("flows.vision_finetune.publish_to_prefect"))
         stack.enter_context(mock.patch("flows.shared.get_run_logger", return_value=logging.getLogger("flows")))

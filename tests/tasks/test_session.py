@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -63,3 +64,23 @@ def test_what_a_run_left_that_was_killed_after_its_record_is_removed(tmp_path: P
         assert left.exists()
     assert run().cached
     assert not store.has_resumable(key)
+
+
+def test_a_store_that_may_only_be_read_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(stage: Path, folders: Mapping[str, Path]) -> dict[str, object]:
+        (stage / "checkpoint" / "weights").write_bytes(b"weights")
+        return {}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with small_disk(tmp_path / "disk", megabytes=2) as disk:
+        config = RunConfig.model_validate({"runtime": {"store": str(disk / "store")}})
+        made = Session.open(config).run("load_model", {}, build).outputs["checkpoint"]
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        session = Session.open(config)
+        found = session.run("load_model", {}, build)
+        assert found.cached
+        assert found.outputs == {"checkpoint": made}
+        assert (session.local(made) / "weights").read_bytes() == b"weights"
+        session.close()
+        with pytest.raises(StoreWriteError, match=r"not permitted.*write permission"):
+            Session.open(config, rerun_from="load_model").run("load_model", {}, build)
