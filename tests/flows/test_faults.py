@@ -17,7 +17,7 @@ import pytest
 from tests.artifacts.conftest import s3_address  # noqa: F401  (a fixture)
 
 PROJECT = Path(__file__).resolve().parents[2]
-NUM_KILLS = 15
+NUM_KILLS = 12
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ class Child:
     answer_file: Path
     started: float = field(default_factory=time.monotonic)
 
-    def wait(self, seconds: float = 120.0) -> dict[str, Any] | None:
+    def wait(self, seconds: float = 400.0) -> dict[str, Any] | None:
         """Waits for its end.
 
         Args:
