@@ -12,6 +12,9 @@ The order of removal is the reverse of publishing, so that a collection that is 
 In a local store, publishing and collecting exclude each other. In a remote one they do not: there the grace
 time protects what is being published, and a publisher looks again, after writing its manifest, for objects
 that it found in the store.
+
+Runs and collections need no lock between them: a run pins what a record names and then looks whether the record is
+still there; a collection drops records and then reads the pins.
 """
 
 from __future__ import annotations

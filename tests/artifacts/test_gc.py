@@ -163,16 +163,16 @@ def test_a_record_that_is_found_and_then_pinned_is_whole_or_known_to_be_gone(
 def test_work_and_folders_that_vanish_meanwhile_do_not_end_a_collection(file_store: Store):
     stop = threading.Event()
 
-    def come_and_go() -> None:
+    def come_and_go(key: str) -> None:
         while not stop.is_set():
             with file_store.staging() as folder:
                 (folder / "part").write_bytes(b"x")
-                work = file_store.resumable("a" * 64)
+                work = file_store.resumable(key)
                 (work / "checkpoint-1").mkdir(exist_ok=True)
                 (work / "checkpoint-1" / "weights").write_bytes(b"weights")
             shutil.rmtree(work, ignore_errors=True)
 
-    threads = [threading.Thread(target=come_and_go) for _ in range(2)]
+    threads = [threading.Thread(target=come_and_go, args=(letter * 64,)) for letter in "ab"]
     for thread in threads:
         thread.start()
     try:
