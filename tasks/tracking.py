@@ -95,15 +95,18 @@ class Tracker:
         import mlflow
 
         remembered = work_dir / RUN_ID_FILE
-        run_id = remembered.read_text().strip() if remembered.exists() else None
-        if run_id is not None:
+        run_id = remembered.read_text().strip() if remembered.exists() else ""
+        resumes = _is_known(run_id)
+        if resumes:
             # A nested run that resumes keeps its curve, below the flow run that finishes it.
             nested = mlflow.start_run(run_id=run_id, nested=True)
         else:
             nested = mlflow.start_run(run_name="train", nested=True, tags=self._tags())
-            remembered.write_text(nested.info.run_id)
         try:
-            mlflow.log_params(flat({"training": self.session.config.training.model_dump(mode="json")}))
+            if not resumes:
+                # Once: MLflow refuses another value, and how often to log or save may be another one by now.
+                mlflow.log_params(flat({"training": self.session.config.training.model_dump(mode="json")}))
+                remembered.write_text(nested.info.run_id)
             yield _metric_callback()
         except BaseException as error:
             mlflow.end_run("FAILED" if isinstance(error, Exception) else "KILLED")
@@ -183,6 +186,17 @@ def _set_experiment(uri: str, name: str) -> None:
         folder = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow_artifacts"
         mlflow.create_experiment(name, artifact_location=folder.as_uri())
     mlflow.set_experiment(name)
+
+
+def _is_known(run_id: str) -> bool:
+    """Whether there is still a run of that id; the log may have been removed, or moved, since a training was killed."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(run_id) and mlflow.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException:
+        return False
 
 
 @contextmanager
