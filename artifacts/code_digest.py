@@ -192,7 +192,7 @@ class _Cache:
         self._changed = False
         if self._file is not None:
             # A cache that cannot be read is made anew; it holds nothing that the sources do not say.
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, RecursionError):
                 stored = json.loads(self._file.read_bytes())
                 if stored.get("version") == _VERSION:
                     self._known = stored["sources"]

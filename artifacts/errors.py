@@ -12,12 +12,20 @@ StoreError
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from artifacts.redaction import without_secrets
 
 
 class StoreError(Exception):
-    """Base class of all errors of the artifact store."""
+    """Base class of all errors of the artifact store. Passwords in their addresses are hidden."""
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(without_secrets(part) if isinstance(part, str) else part for part in parts))
 
 
 class UnhashableError(StoreError, TypeError):
@@ -55,6 +63,7 @@ class StoreWriteError(StoreError):
 
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NEARLY_NOTHING_BYTES = 1 << 20
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
@@ -82,6 +91,28 @@ def write_error(place: str, error: OSError) -> StoreWriteError:
         remedy = "Check that the place exists and can be written; what was stored before is untouched."
     where = f" at {error.filename}" if error.filename and str(error.filename) != place else ""
     return StoreWriteError(f"Artifact store {place}: {what}{where}. {remedy}")
+
+
+def full_disk(place: Path, error: BaseException) -> StoreWriteError | None:
+    """What to say instead of an error that a full disk is behind; None if none is.
+
+    Args:
+        place: A folder of the store that was written to.
+        error: What came of it. Libraries that write files themselves give the operating system's error as text, or not at
+            all, so that only the disk can tell.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in (*_FULL, errno.EFBIG):
+            return write_error(str(place), found)
+        if any(os.strerror(number) in str(found) for number in _FULL):
+            return write_error(str(place), OSError(errno.ENOSPC, str(found)))
+        found = found.__cause__ or found.__context__
+    try:
+        is_full = shutil.disk_usage(place).free < _NEARLY_NOTHING_BYTES
+    except OSError:
+        return None
+    return write_error(str(place), OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {error}")) if is_full else None
 
 
 @contextmanager

@@ -12,6 +12,9 @@ The order of removal is the reverse of publishing, so that a collection that is 
 In a local store, publishing and collecting exclude each other. In a remote one they do not: there the grace
 time protects what is being published, and a publisher looks again, after writing its manifest, for objects
 that it found in the store.
+
+Runs and collections need no lock between them: a run pins what a record names and then looks whether the record is
+still there; a collection drops records and then reads the pins.
 """
 
 from __future__ import annotations
@@ -22,13 +25,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from artifacts.backend import LocalBackend
+from artifacts.backend import Entry, LocalBackend
 from artifacts.errors import writing
 from artifacts.index import IndexRecord
 from artifacts.locks import file_lock, remove_if_free
 from artifacts.manifest import Manifest
 from artifacts.pins import read_pins
-from artifacts.scratch import remove_tree, stale_scratch
+from artifacts.scratch import last_change, remove_tree, stale_scratch, tree_size
 from artifacts.sealed import BrokenSealError
 from artifacts.store import Store
 
@@ -118,9 +121,12 @@ class _Collection:
         self._report = GcReport(dry_run)
 
     def run(self, older_than_days: float | None, keep_last: int | None) -> GcReport:
+        pinned, _ = read_pins(self._store.backend)
+        live = self._collect_records(pinned, older_than_days, keep_last)
+        # Again: a flow that found a record pins what it names and then looks whether the record is still there. So
+        # either its pin is read here, or it finds the record gone and makes everything anew.
         pinned, expired = read_pins(self._store.backend)
-        live = pinned | self._collect_records(pinned, older_than_days, keep_last)
-        manifests = self._collect_manifests(live)
+        manifests = self._collect_manifests(live | pinned)
         self._collect_objects(manifests)
         self._collect_local(manifests)
         self._remove_stored(expired, self._report.leftovers)
@@ -172,7 +178,7 @@ class _Collection:
             except BrokenSealError:
                 dropped.append(entry.path)  # nothing can be made of it any more
                 continue
-            if digest in live or entry.modified > self._young_after:
+            if digest in live or self._is_young(entry):
                 kept[digest] = manifest
             else:
                 dropped.append(entry.path)
@@ -180,12 +186,19 @@ class _Collection:
         self._remove_stored(dropped, self._report.manifests)
         return kept
 
+    def _is_young(self, entry: Entry) -> bool:
+        if entry.modified > self._young_after:
+            return True
+        # A remote store may be published to meanwhile, and a listing may be minutes old.
+        again = None if self._store.backend.is_local else self._store.backend.info(entry.path)
+        return again is not None and again.modified > self._young_after
+
     def _collect_objects(self, manifests: dict[str, Manifest]) -> None:
         needed = {entry.sha256 for manifest in manifests.values() for entry in manifest.files}
         dropped = []
         for entry in self._store.backend.walk("objects"):
             digest = entry.path.rpartition("/")[2]
-            if digest in needed or entry.modified > self._young_after:
+            if digest in needed or self._is_young(entry):
                 self._report.kept_bytes += entry.size_bytes
             else:
                 dropped.append(entry.path)
@@ -199,12 +212,12 @@ class _Collection:
         work_dir = self._store.work_dir
         for path, size_bytes in stale_scratch(work_dir, self._grace_seconds):
             self._remove_local(path, self._report.scratch, size_bytes)
+        long_ago = time.time() - max(_RESUMABLE_SECONDS, self._grace_seconds)
         for path in sorted((work_dir / "work").glob("*")):
-            times = [entry.stat() for entry in (path, *path.rglob("*"))]
-            if max(stat.st_mtime for stat in times) <= time.time() - max(_RESUMABLE_SECONDS, self._grace_seconds):
-                self._remove_local(path, self._report.abandoned, sum(stat.st_size for stat in times[1:]))
+            if last_change(path) <= long_ago:
+                self._remove_local(path, self._report.abandoned, tree_size(path))
         for path in sorted((work_dir / "materialized").glob("*")):
-            if path.name not in manifests and path.stat().st_mtime <= self._young_after:
+            if path.name not in manifests and _modified(path) <= self._young_after:
                 self._remove_local(path, self._report.materialized, 0)  # links; their objects are counted
         if self._store.local_objects is not self._store.objects:
             needed = {entry.sha256 for manifest in manifests.values() for entry in manifest.files}
@@ -219,7 +232,7 @@ class _Collection:
         backend = self._store.backend
         if isinstance(backend, LocalBackend):
             for path in sorted((backend.root / "locks").glob("*.lock")):
-                is_old = path.stat().st_mtime <= self._young_after
+                is_old = _modified(path) <= self._young_after
                 if is_old and path.name != "gc.lock" and remove_if_free(path, dry_run=self._dry_run):
                     self._report.leftovers.append(f"locks/{path.name}")
             return
@@ -244,3 +257,11 @@ class _Collection:
         if not self._dry_run:
             with writing(str(path)):
                 remove_tree(path)
+
+
+def _modified(path: Path) -> float:
+    """When a file or folder was last changed; just now, if somebody has removed it meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()

@@ -62,8 +62,10 @@ class IndexRecord:
         fields = unseal(raw)
         try:
             outputs = {name: ArtifactRef.from_json(ref) for name, ref in fields.pop("outputs").items()}
+            datetime.fromisoformat(fields["created"])
+            fields |= {name: dict(fields[name]) for name in ("document", "info")}
             return cls(outputs=outputs, **fields)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BrokenSealError(f"a field is missing or wrong ({error})") from error
 
 

@@ -2,7 +2,8 @@
 
 local folder   ``flock``: the kernel frees it when its holder dies, however it dies
 memory         a lock of this process
-anything else  a lease: an object with an owner and an expiry, renewed while it is held, taken over when expired
+anything else  a lease: an object with an owner and an expiry, renewed while it is held, taken over when expired, or
+               when nobody has renewed it for as long by the waiter's own clock: that of a dead holder may have been wrong
 """
 
 from __future__ import annotations
@@ -155,10 +156,16 @@ def _lease(backend: Backend, path: str, lease_seconds: float, on_wait: OnWait | 
     def text() -> bytes:
         return json.dumps({"owner": owner, "expires": time.time() + lease_seconds}).encode()
 
+    seen: tuple[str, float] | None = None
+    seen_since = 0.0
+
     def acquire() -> bool:
+        nonlocal seen, seen_since
         held = _read_lease(backend, path)
         if held is not None:
-            if held[1] > time.time():
+            if held != seen:
+                seen, seen_since = held, time.monotonic()
+            if held[1] > time.time() and time.monotonic() < seen_since + lease_seconds:
                 return False
             backend.remove(path)
         # The second look settles it where creating is not exclusive and two came at once.
@@ -186,7 +193,7 @@ def _read_lease(backend: Backend, path: str) -> tuple[str, float] | None:
         return str(fields["owner"]), float(fields["expires"])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "", 0.0  # not a lease: as good as expired
 
 

@@ -122,11 +122,22 @@ class Manifest:
         try:
             content = fields["content"]
             files = tuple(FileEntry(**entry) for entry in content["files"])
-            manifest = cls(content["kind"], files, content["metadata"], fields["provenance"])
-        except (KeyError, TypeError) as error:
-            raise BrokenSealError(f"a field is missing ({error})") from error
-        if manifest.digest != digest:
+            manifest = cls(content["kind"], files, dict(content["metadata"]), dict(fields["provenance"]))
+            found = manifest.digest
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BrokenSealError(f"a field is missing or wrong ({error})") from error
+        if found != digest:
             raise BrokenSealError("its content has another digest")
+        try:
+            # A seal proves that the text is whole, not who wrote it; and these paths will be made below a folder.
+            for entry in files:
+                check_path(entry.path)
+                check_digest(entry.sha256)
+            if len({entry.path for entry in files}) != len(files):
+                raise ValueError("a path stands there twice")
+            _ = manifest.ref  # checks kind and sizes
+        except (TypeError, ValueError) as error:
+            raise BrokenSealError(f"it lists what no artifact can have ({error})") from error
         return manifest
 
     def _content(self) -> dict[str, Any]:

@@ -1,20 +1,25 @@
-"""Pins: what a running flow needs, so that garbage collection leaves it alone. They expire if the flow dies."""
+"""Pins: what a running flow needs, so that garbage collection leaves it alone. They expire when the flow is dead."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from artifacts.backend import Backend
+from artifacts.errors import StoreError
 from artifacts.locks import Heartbeat
 from artifacts.refs import ArtifactRef, check_digest
 
 PIN_SECONDS = 3600.0
+
+_log = logging.getLogger("artifacts")
 
 
 class Pin:
@@ -25,6 +30,7 @@ class Pin:
         self._seconds = seconds
         self._path = f"pins/{os.urandom(8).hex()}.json"
         self._digests: set[str] = set()
+        self._is_written = False
         self._lock = threading.Lock()
 
     def add(self, *artifacts: ArtifactRef | str) -> None:
@@ -48,7 +54,7 @@ class Pin:
     def remove(self) -> None:
         """Lets everything go."""
         with self._lock:
-            if self._digests:
+            if self._is_written:
                 self._backend.remove(self._path)
 
     def _write(self) -> None:
@@ -59,6 +65,7 @@ class Pin:
             "pid": os.getpid(),
         }
         self._backend.write(self._path, json.dumps(fields).encode())
+        self._is_written = True
 
 
 @contextmanager
@@ -77,7 +84,10 @@ def pinned(backend: Backend, artifacts: Iterable[ArtifactRef | str], seconds: fl
         yield pin
     finally:
         heartbeat.stop()
-        pin.remove()
+        try:
+            pin.remove()
+        except StoreError as error:
+            _log.warning("A pin stays until it expires: %s", error)  # no reason to call finished work a failure
 
 
 def read_pins(backend: Backend) -> tuple[set[str], list[str]]:
@@ -87,12 +97,25 @@ def read_pins(backend: Backend) -> tuple[set[str], list[str]]:
     for entry in backend.walk("pins"):
         try:
             fields = json.loads(backend.read(entry.path))
-            if fields["expires"] > time.time():
+            if fields["expires"] > time.time() or _lives(fields):
                 digests.update(fields["digests"])
                 continue
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass  # not a pin: as good as expired
         expired.append(entry.path)
     return digests, sorted(expired)
+
+
+def _lives(fields: Mapping[str, Any]) -> bool:
+    """Whether the owner of a pin runs on this machine, whatever the clock says: it jumps when a machine has slept."""
+    if fields["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(fields["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +16,8 @@ from fsspec.core import url_to_fs
 from artifacts.backend import Backend, Entry
 from artifacts.errors import StoreError, StoreUnavailableError, write_error
 from artifacts.hashing import BUFFER_BYTES, Readable
+from artifacts.patience import patient
+from artifacts.redaction import without_secrets
 
 # A put to these becomes visible as a whole, and they know no folders. Elsewhere: a temporary file, then a move.
 _OBJECT_STORES = frozenset({"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "obs"})
@@ -32,9 +34,10 @@ class RemoteBackend(Backend):
     """A folder of an fsspec file system."""
 
     is_local = False
+    has_answered = False
 
     def __init__(self, url: str, **options: Any) -> None:
-        self.url = url.rstrip("/")
+        self.url = without_secrets(url.rstrip("/"))
         protocol = url.partition("://")[0]
         try:
             # Other processes write to the same store, so listings must not be remembered.
@@ -55,6 +58,7 @@ class RemoteBackend(Backend):
         self._is_object_store = bool(_OBJECT_STORES.intersection(protocols))
         self._in_memory = "memory" in protocols
 
+    @patient
     def info(self, path: str) -> Entry | None:
         """Describes a file; None if there is none."""
         with self._reading(path):
@@ -64,24 +68,28 @@ class RemoteBackend(Backend):
                 return None
         return _entry(path, found) if found["type"] == "file" else None
 
+    @patient
     def read(self, path: str) -> bytes:
         """Returns a whole file."""
         with self._reading(path):
             return self._fs.cat_file(self._full(path))
 
+    @patient
     def open(self, path: str) -> AbstractContextManager[Readable]:
         """Opens a file for reading from start to end."""
         with self._reading(path):
             if self._in_memory:  # its open() hands out one shared file with one position
                 return io.BytesIO(self._fs.cat_file(self._full(path)))
             stream = self._fs.open(self._full(path), "rb", block_size=BUFFER_BYTES, cache_type="readahead")
-        return _Guarded(stream, lambda: self._reading(path))
+        return _Guarded(stream, self, path)
 
+    @patient
     def write(self, path: str, data: bytes) -> None:
         """Writes a whole file, replacing an older one."""
         with self._writing(path):
             self._put(path, lambda full: self._fs.pipe_file(full, data))
 
+    @patient
     def create(self, path: str, data: bytes) -> bool:
         """Writes a whole file unless there is one; returns whether it was written.
 
@@ -99,6 +107,7 @@ class RemoteBackend(Backend):
                 return False
         return True
 
+    @patient
     def upload(self, local: Path, path: str) -> None:
         """Copies a local file, replacing an older one."""
         with self._writing(path):
@@ -107,6 +116,7 @@ class RemoteBackend(Backend):
             else:
                 self._put(path, lambda full: self._fs.put_file(str(local), full))
 
+    @patient
     def remove(self, path: str) -> None:
         """Removes a file; nothing happens if there is none."""
         with self._writing(path), suppress(FileNotFoundError):
@@ -114,14 +124,17 @@ class RemoteBackend(Backend):
 
     def walk(self, folder: str) -> Iterator[Entry]:
         """Yields all files below a folder, in no particular order."""
+        for name, details in self._find(folder).items():
+            yield _entry(self._fs._strip_protocol(name)[len(self._root) :].lstrip("/"), details)
+
+    @patient
+    def _find(self, folder: str) -> dict[str, dict[str, Any]]:
         with self._reading(folder):
             self._fs.invalidate_cache()
             try:
-                found = self._fs.find(self._full(folder), detail=True)
+                return dict(self._fs.find(self._full(folder), detail=True))
             except (FileNotFoundError, NotADirectoryError):
-                return
-        for name, details in found.items():
-            yield _entry(self._fs._strip_protocol(name)[len(self._root) :].lstrip("/"), details)
+                return {}
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}"
@@ -172,15 +185,24 @@ class RemoteBackend(Backend):
 
 
 class _Guarded:
-    """A stream whose reads raise the store's errors; what its user does between reads is not its business."""
+    """A stream whose reads wait for the store and raise its errors; what its user does between reads is not its business."""
 
-    def __init__(self, stream: Any, guard: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, stream: Any, backend: RemoteBackend, path: str) -> None:
         self._stream = stream
-        self._guard = guard
+        self._backend = backend
+        self._path = path
+        self._position = 0
+        self.url = backend.url
+        self.has_answered = True  # it was opened
 
+    @patient
     def readinto(self, buffer: bytearray, /) -> int | None:
-        with self._guard():
-            return self._stream.readinto(buffer)
+        with self._backend._reading(self._path):
+            if self._stream.tell() != self._position:  # a read failed half-way; what came of it was given to nobody
+                self._stream.seek(self._position)
+            count = self._stream.readinto(buffer)
+        self._position += count or 0
+        return count
 
     def __enter__(self) -> _Guarded:
         return self

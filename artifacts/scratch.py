@@ -14,7 +14,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from artifacts.errors import writing
@@ -59,10 +59,10 @@ def stale_scratch(root: Path, grace_seconds: float) -> list[tuple[Path, int]]:
                 is_stale = remove_if_free(path / "owner.lock", dry_run=True)
             else:
                 is_stale = age_seconds > grace_seconds
+            if is_stale:
+                stale.append((path, tree_size(path)))
         except FileNotFoundError:
             continue  # its owner has just finished
-        if is_stale:
-            stale.append((path, tree_size(path)))
     return stale
 
 
@@ -85,6 +85,19 @@ def tree_size(path: Path) -> int:
             except FileNotFoundError:
                 continue
     return total
+
+
+def last_change(path: Path) -> float:
+    """Returns when a folder, or anything below it, was last changed, in seconds since 1970.
+
+    What others remove meanwhile does not count; a folder that is gone has changed just now.
+    """
+    times = []
+    for place, folders, names in os.walk(path):
+        for name in (".", *folders, *names):
+            with suppress(FileNotFoundError):
+                times.append(os.lstat(os.path.join(place, name)).st_mtime)
+    return max(times, default=time.time())
 
 
 def remove_tree(path: Path) -> None:

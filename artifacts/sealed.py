@@ -35,7 +35,7 @@ def unseal(raw: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(raw)
         again = _dump(fields)  # refuses what it never writes, such as a number that damage has made infinite
-    except ValueError as error:  # also UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, and lists in lists in lists
         raise BrokenSealError(f"it is not JSON ({error})") from error
     if not isinstance(fields, dict) or again != raw:
         raise BrokenSealError("it is not in the form in which it was written")

@@ -122,6 +122,10 @@ class Store:
             path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def has_resumable(self, key: str) -> bool:
+        """Whether an interrupted run of a key has left something."""
+        return (self.work_dir / "work" / check_name(key, "key")).is_dir()
+
     def publish(
         self,
         directory: Path,
@@ -249,6 +253,14 @@ class Store:
         for name, ref in sorted(record.outputs.items()):
             problems += [f"{name} ({ref.short}): {problem}" for problem in self._artifact_problems(ref, full=full)]
         return Lookup(None if problems else record, tuple(problems))
+
+    def is_recorded(self, unit: str, key: str) -> bool:
+        """Whether there is a record of a key, whatever has become of what it names.
+
+        To ask again after `pin`: garbage collection drops records before it reads the pins for the last time, so what a
+        record names that is still there now cannot be collected any more.
+        """
+        return self.backend.info(self.index.path(unit, key)) is not None
 
     def _artifact_problems(self, ref: ArtifactRef, *, full: bool) -> list[str]:
         try:

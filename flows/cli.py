@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from flows.embedded_server import keep_server_apart
 from flows.settings import COMMAND_LINE, CommandLine, Parser, read_settings
 from tasks.graph import STEPS, StepName
 from vlm.config import RunConfig
@@ -151,6 +152,7 @@ def run_flow(config: RunConfig, rerun_from: StepName | None) -> dict[str, Any]:
         The summary of the run.
     """
     quieten()
+    keep_server_apart()
     from flows.vision_finetune import vision_finetune
 
     return vision_finetune(config, rerun_from)

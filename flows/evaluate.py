@@ -15,7 +15,14 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.shared import failures_tracked, finish_tracking, publish_to_prefect, run_mending, value_of
+from flows.shared import (
+    cancelled_when_interrupted,
+    failures_tracked,
+    finish_tracking,
+    publish_to_prefect,
+    run_mending,
+    value_of,
+)
 from tasks.evaluation_graph import EvaluationStepName
 from tasks.evaluation_runs import EvaluationRuns
 from tasks.graph import Json
@@ -28,7 +35,7 @@ from tasks.tracking import Tracker
 from vlm.config import EvaluateConfig
 
 
-@flow(name="evaluate", persist_result=False, validate_parameters=True)
+@flow(name="evaluate", persist_result=False, validate_parameters=True, on_crashed=[cancelled_when_interrupted])
 def evaluate(config: EvaluateConfig, rerun_from: EvaluationStepName | None = None) -> Json:
     """Scores an adapter, a whole model or a predictions file against a dataset.
 
@@ -46,8 +53,7 @@ def evaluate(config: EvaluateConfig, rerun_from: EvaluationStepName | None = Non
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None, shown=config)
     try:
         with failures_tracked(session):
-            scored = run_mending(lambda: run_steps(runs))
-            summary = summarise_evaluation(runs, scored)
+            scored, summary = run_mending(lambda: run_and_summarise(runs))
             if not all(step["cached"] for step in summary["steps"].values()):
                 if session.tracker is not None:
                     session.tracker.start()
@@ -56,6 +62,12 @@ def evaluate(config: EvaluateConfig, rerun_from: EvaluationStepName | None = Non
             return summary
     finally:
         runs.close()
+
+
+def run_and_summarise(runs: EvaluationRuns) -> tuple[Scored, Json]:
+    """Runs all steps and sums up, for which their artifacts are read."""
+    scored = run_steps(runs)
+    return scored, summarise_evaluation(runs, scored)
 
 
 def run_steps(runs: EvaluationRuns) -> Scored:

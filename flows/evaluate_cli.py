@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from flows.cli import add_run_options, complain, quieten, run
+from flows.embedded_server import keep_server_apart
 from flows.settings import COMMAND_LINE, CommandLine, Parser, read_settings
 from tasks.evaluation_graph import EVALUATION_STEPS, EvaluationStepName
 from vlm.config import EvaluateConfig
@@ -77,6 +78,7 @@ def run_flow(config: EvaluateConfig, rerun_from: EvaluationStepName | None) -> d
         The summary of the run.
     """
     quieten()
+    keep_server_apart()
     from flows.evaluate import evaluate
 
     return evaluate(config, rerun_from)

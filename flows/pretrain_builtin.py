@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 from prefect import flow
 
+from flows.shared import cancelled_when_interrupted
 from tasks.graph import Json
 from tasks.pretrain import finish_model, train_from_scratch
 from vlm.config.pretrain import PretrainConfig
@@ -22,7 +23,7 @@ from vlm.config.pretrain import PretrainConfig
 DEFAULTS = PretrainConfig()
 
 
-@flow(name="pretrain-builtin", persist_result=False, validate_parameters=True)
+@flow(name="pretrain-builtin", persist_result=False, validate_parameters=True, on_crashed=[cancelled_when_interrupted])
 def pretrain_builtin(config: PretrainConfig = DEFAULTS) -> Json:
     """Trains the built-in model, or goes on with it, and measures it when it is done.
 

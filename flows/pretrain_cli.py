@@ -7,6 +7,7 @@ import logging
 import sys
 
 from flows.cli import complain, quieten, run
+from flows.embedded_server import keep_server_apart
 from flows.settings import COMMAND_LINE, CommandLine, Parser, read_settings
 from tasks.graph import Json
 from vlm.config.pretrain import PretrainConfig
@@ -63,6 +64,7 @@ def run_flow(config: PretrainConfig) -> Json:
         The summary of the run.
     """
     quieten()
+    keep_server_apart()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("vlm.pretrain").setLevel(logging.INFO)
     from flows.pretrain_builtin import pretrain_builtin

@@ -9,11 +9,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from vlm.errors import ConfigError
+from flows.yaml_file import read_yaml
+from vlm.errors import ConfigError, shown
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -86,33 +86,15 @@ def read_settings(
     options = parser.parse_args(arguments)
     from_file = read_yaml(Path(options.config)) if options.config else {}
     from_file = {name: value for name, value in from_file.items() if name not in not_read}
+    for name in from_file:
+        # Names with an underscore are pydantic's own way to be told where settings come from.
+        if not isinstance(name, str) or name.startswith("_"):
+            raise ConfigError(f"{shown(name)}: there is no such setting. --help lists every setting.")
     try:
         settings = command_line(_cli_settings_source=source, **from_file)
         return config.model_validate(settings.model_dump()), options
     except ValidationError as error:
         raise ConfigError(describe(error, config)) from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads settings from a YAML file.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ConfigError: If there is no such file, or it does not hold a mapping of settings.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} holds a {type(content).__name__}; it must be a mapping of sections")
-    return content
 
 
 def describe(error: ValidationError, config: type[BaseModel]) -> str:
@@ -134,7 +116,7 @@ def describe(error: ValidationError, config: type[BaseModel]) -> str:
                 f"{name} is missing: give --{_first_leaf(config, problem['loc'])} or set it in the --config file"
             )
         else:
-            value = "" if isinstance(problem["input"], dict) else f" {problem['input']!r}"
+            value = "" if isinstance(problem["input"], dict) else f" {shown(problem['input'])}"
             # What contradicts itself across sections has no name of its own; its message says all.
             place = f"{name}{value}: " if name else ""
             lines.append(f"{place}{problem['msg'].removeprefix('Value error, ')}")

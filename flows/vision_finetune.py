@@ -14,7 +14,15 @@ if __name__ == "__main__":
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.shared import failures_tracked, finish_tracking, publish_to_prefect, run_mending, value_of
+from flows.shared import (
+    announce_champion,
+    cancelled_when_interrupted,
+    failures_tracked,
+    finish_tracking,
+    publish_to_prefect,
+    run_mending,
+    value_of,
+)
 from tasks.configure_lora import configure_lora
 from tasks.evaluate_and_save import Saved, evaluate_and_save
 from tasks.graph import Json, StepName
@@ -32,7 +40,7 @@ from vlm.config import RunConfig
 DEFAULTS = RunConfig()
 
 
-@flow(name="vision-finetune", persist_result=False, validate_parameters=True)
+@flow(name="vision-finetune", persist_result=False, validate_parameters=True, on_crashed=[cancelled_when_interrupted])
 def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = None) -> Json:
     """Fine-tunes a vision-language model on image-text conversations.
 
@@ -50,15 +58,21 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None)
     try:
         with failures_tracked(session):
-            saved = run_mending(lambda: run_steps(session))
-            summary = summarise(session, *saved)
+            saved, summary = run_mending(lambda: run_and_summarise(session))
             if session.tracker is not None:
                 finish_tracking(session.tracker, session, summary, saved.metrics, saved.report)
             if not all(step["cached"] for step in summary["steps"].values()):
                 publish_to_prefect(summary)
+                announce_champion(summary)
             return summary
     finally:
         session.close()
+
+
+def run_and_summarise(session: Session) -> tuple[Saved, Json]:
+    """Runs all steps and sums up, for which their artifacts are read."""
+    saved = run_steps(session)
+    return saved, summarise(session, *saved)
 
 
 def run_steps(session: Session) -> Saved:

@@ -39,13 +39,13 @@ def evaluate_and_save(
     predicted: Predicted,
 ) -> Saved:
     """Scores the answers, writes the report and exports the model by type."""
-    metrics = save_metrics(session, predicted)
+    metrics, figures = save_metrics(session, predicted)
     refs = {"metrics": metrics, "training": trained.training, "dataset": dataset, "plan": plan}
     report = save_report(session, f"{Path(session.config.model.name).name}: fine-tuning report", refs)
     exports = {}
-    inputs = {"checkpoint": checkpoint, "adapter": trained.adapter}
+    inputs = {"checkpoint": checkpoint, "adapter": trained.adapter, "figures": figures, "dataset": dataset}
     if is_verified_by_loading(session.config):
-        inputs |= {"dataset": dataset, "reference": _reference(session, checkpoint, dataset, trained.adapter)}
+        inputs["reference"] = _reference(session, checkpoint, dataset, trained.adapter)
     for kind in session.config.export.types:
         exports[kind] = _export(session, kind, {name: inputs[name] for name in session.unit(export_unit(kind)).inputs})
         if session.config.export.destination is not None:
@@ -58,25 +58,29 @@ def evaluate_and_save(
     return finish(session, "evaluate_and_save", Saved(metrics, report, exports, registered))
 
 
-def save_metrics(session: Session, predicted: Predicted) -> ArtifactRef:
+def save_metrics(session: Session, predicted: Predicted) -> tuple[ArtifactRef, ArtifactRef]:
     """Scores answers against the expected ones.
 
     Args:
         session: The run.
         predicted: The answers of one or both models.
+
+    Returns:
+        The metrics, and of these the figures that a model card shows.
     """
 
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         from vlm.evaluation.evaluate import evaluate_predictions
 
         return evaluate_predictions(
-            inputs["tuned"], inputs.get("base"), session.config.evaluation, stage / "metrics"
+            inputs["tuned"], inputs.get("base"), session.config.evaluation, stage / "metrics", stage / "figures"
         ).to_json()
 
     inputs = {"tuned": predicted.tuned}
     if predicted.base is not None:
         inputs["base"] = predicted.base
-    return session.run("evaluate_and_save.metrics", inputs, build).outputs["metrics"]
+    outputs = session.run("evaluate_and_save.metrics", inputs, build).outputs
+    return outputs["metrics"], outputs["figures"]
 
 
 def save_report(session: Session, title: str, refs: Mapping[str, ArtifactRef]) -> ArtifactRef:
@@ -140,6 +144,7 @@ def _reference(session: Session, checkpoint: ArtifactRef, dataset: ArtifactRef, 
 def _export(session: Session, kind: ExportType, refs: Mapping[str, ArtifactRef]) -> ArtifactRef:
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         from vlm.export import export, verify_export
+        from vlm.export.gguf.modelfile import longest_conversation
         from vlm.export.gguf.support import note_unrun
         from vlm.loading.holder import release
 
@@ -151,7 +156,9 @@ def _export(session: Session, kind: ExportType, refs: Mapping[str, ArtifactRef])
             stage / "export",
             max_shard_size_mb=config.export.max_shard_size_mb,
             gguf_type=config.export.gguf_type,
+            longest_tokens=longest_conversation(inputs["dataset"]) if kind == "gguf" else None,
             device=device,
+            figures=json.loads((inputs["figures"] / "figures.json").read_text(encoding="utf-8")),
         ).to_json()
         if "reference" not in inputs:
             if kind == "gguf" and config.export.verify:

@@ -15,6 +15,7 @@ from vlm.config import EvaluateConfig, RunConfig
 from vlm.config.evaluate import SubjectConfig
 from vlm.config.evaluation import ExportConfig
 from vlm.evaluation.subject import Subject
+from vlm.redaction import settings_without_secrets
 
 EvaluationStepName = Literal["load_model", "import_subject", "prepare_dataset", "inference_mode", "evaluate_and_save"]
 EVALUATION_STEPS: tuple[EvaluationStepName, ...] = get_args(EvaluationStepName)
@@ -112,8 +113,7 @@ def _given_settings(run: Resolved) -> Json:
 def _report_settings(subject: Subject) -> Callable[[Resolved], Json]:
     def settings(run: Resolved) -> Json:
         sections = {"data", "generation", "evaluation"} | ({"model"} if subject.kind != "predictions" else set())
-        return {"subject": {"kind": subject.kind, "name": subject.name}} | run.config.model_dump(
-            mode="json", include=sections
-        )
+        shown = settings_without_secrets(run.config.model_dump(mode="json", include=sections))
+        return {"subject": {"kind": subject.kind, "name": subject.name}, **shown}
 
     return settings

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from vlm.config import RunConfig
 from vlm.config.evaluation import ExportType
+from vlm.redaction import settings_without_secrets
 
 StepName = Literal[
     "load_model", "configure_lora", "prepare_dataset", "training_mode", "train", "inference_mode", "evaluate_and_save"
@@ -89,6 +90,7 @@ TRAINING = Input("train", "training")
 TUNED = Input("inference_mode.tuned", "predictions")
 BASE = Input("inference_mode.base", "predictions")
 METRICS = Input("evaluate_and_save.metrics", "metrics")
+FIGURES = Input("evaluate_and_save.metrics", "figures")
 REFERENCE = Input("evaluate_and_save.reference", "reference")
 
 
@@ -152,16 +154,15 @@ def _evaluation_settings(run: Resolved) -> Json:
 
 
 def _report_settings(run: Resolved) -> Json:
-    return run.config.model_dump(
-        mode="json",
-        exclude={
-            "runtime": True,
-            "tracking": True,
-            "export": True,
-            "training": {"distributed"},
-            "generation": {"num_processes"},
-        },
-    )
+    left_out: Any = {
+        "runtime": True,
+        "tracking": True,
+        "export": True,
+        "training": {"distributed"},
+        "generation": {"num_processes"},
+    }
+    settings: Json = settings_without_secrets(run.config.model_dump(mode="json", exclude=left_out))
+    return settings
 
 
 def _reference_settings(run: Resolved) -> Json:
@@ -273,7 +274,7 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
         ),
         Unit(
             "evaluate_and_save.metrics",
-            ("metrics",),
+            ("metrics", "figures"),
             ("vlm.evaluation.evaluate",),
             _evaluation_settings,
             predictions,
@@ -286,7 +287,8 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             {"metrics": METRICS, "training": TRAINING, "dataset": DATASET, "plan": PLAN},
         ),
     ]
-    trained = {"checkpoint": CHECKPOINT, "adapter": TRAINED_ADAPTER}
+    # The figures stand on each export's card. They are an artifact of their own, so that another slice exports nothing again.
+    trained = {"checkpoint": CHECKPOINT, "adapter": TRAINED_ADAPTER, "figures": FIGURES}
     if is_verified_by_loading(config):
         units.append(
             Unit(
@@ -299,13 +301,16 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
         )
     for kind in config.export.types:
         verified = _is_verified_by_loading(kind, config)
+        inputs = trained | ({"dataset": DATASET, "reference": REFERENCE} if verified else {})
+        if kind == "gguf":
+            inputs["dataset"] = DATASET  # whose longest conversation decides the context's length
         units.append(
             Unit(
                 export_unit(kind),
                 ("export",),
                 ("vlm.export", "vlm.export.roundtrip") if verified else ("vlm.export",),
                 _export_settings(kind),
-                trained | ({"dataset": DATASET, "reference": REFERENCE} if verified else {}),
+                inputs,
             )
         )
     return tuple(units)

@@ -4,8 +4,9 @@ A version holds no copy: its source is where the export lies, its tags are diges
 that a result was registered, so a rerun with nothing to do registers nothing, and needs no MLflow; that note also keeps
 the registered artifacts from garbage collection.
 
-The alias moves by itself only to what is significantly better than its present holder on the same rows, and by hand
-with ``python -m flows.promote``. Every move is written into the registered model's history.
+The alias moves by itself only to what is significantly better than its present holder on the rows that both answered
+(where data grows, so does its test split; rows stay in the split that they are in), and by hand with
+``python -m flows.promote``. Every move is written into the registered model's history.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from typing import Any
 from artifacts.errors import StoreError
 from artifacts.keys import canonical_digest, step_key
 from artifacts.refs import ArtifactRef
-from tasks.comparison import compare_answers
+from tasks.comparison import compare_common_answers
 from tasks.graph import Json
 from tasks.session import Session, open_store
 from tasks.tracking import first_use
 from vlm.config.evaluation import ExportType
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError
 from vlm.evaluation.verdicts import verdict
+from vlm.redaction import without_secrets
 
 CHAMPION = "champion"
 HISTORY = "champion_history"
@@ -83,11 +85,11 @@ def source_of(session: Session, exports: Mapping[ExportType, ArtifactRef], fallb
     export = session.config.export
     kind = "lora" if "lora" in exports else next(iter(exports), None)
     if kind is not None and export.destination is not None:
-        return f"{export.destination.rstrip('/')}/{kind}"
+        return without_secrets(f"{export.destination.rstrip('/')}/{kind}")
     ref = fallback if kind is None else exports[kind]
     if session.local_root is not None:
         return session.local(ref).as_uri()
-    return f"{session.config.runtime.store}#{ref.digest}"
+    return without_secrets(f"{session.config.runtime.store}#{ref.digest}")
 
 
 def register(session: Session, candidate: Candidate) -> Json:
@@ -111,7 +113,7 @@ def register(session: Session, candidate: Candidate) -> Json:
         "unit": "register_model",
         "version": 1,
         "code": "",
-        "config": {"model": name, "tracking": session.tracker.uri},
+        "config": {"model": name, "tracking": without_secrets(session.tracker.uri)},
         "inputs": {which: ref.digest for which, ref in inputs.items()},
         "sources": {},
     }
@@ -218,15 +220,19 @@ def _register(session: Session, name: str, candidate: Candidate) -> Json:
     except MlflowException:
         model = client.create_registered_model(name)
     tags = {
-        "store": session.config.runtime.store if session.local_root is None else str(session.local_root),
+        "store": _store_address(session),
         "artifact.predictions": candidate.predictions.digest,
         "artifact.metrics": candidate.metrics.digest,
         **{f"artifact.{which}": ref.digest for which, ref in candidate.artifacts.items()},
         **{f"metric.{metric}": f"{entry['tuned']['value']:.6g}" for metric, entry in metrics["metrics"].items()},
     }
     is_better, reason = _judge(session, candidate, champion)
+    # MLflow's page shows the description beside each version, and cuts tags short.
+    figures = ", ".join(f"{metric} {entry['tuned']['value']:.4f}" for metric, entry in metrics["metrics"].items())
     try:
-        version = client.create_model_version(name, candidate.source, run_id=run_id, tags={**tags, "note": reason})
+        version = client.create_model_version(
+            name, candidate.source, run_id=run_id, tags={**tags, "note": reason}, description=f"{figures}. {reason}"
+        )
     except MlflowException as error:
         raise ConfigError(
             f"tracking.registered_model {name!r}: {uri} refuses a version with source {candidate.source!r}"
@@ -238,19 +244,24 @@ def _register(session: Session, name: str, candidate: Candidate) -> Json:
     return {"model": name, "version": number, "champion": is_better, "reason": reason}
 
 
+def _store_address(session: Session) -> str:
+    """Where the run's artifacts are, for the registry: without a password, which whoever reads it has to have."""
+    return without_secrets(session.config.runtime.store) if session.local_root is None else str(session.local_root)
+
+
 def _judge(session: Session, candidate: Candidate, champion: Any) -> tuple[bool, str]:
     """Whether the alias moves, and why."""
     if champion is None:
         return True, "the first version"
     holder = f"version {champion.version}"
     try:
-        store = open_store(champion.tags["store"], session.cache_dir)
+        address = champion.tags["store"]
+        store = session.store if address == _store_address(session) else open_store(address, session.cache_dir)
         answers = store.materialize(champion.tags["artifact.predictions"])
     except (KeyError, StoreError) as error:
         return False, f"{holder}'s answers are not to be had ({error}), so nothing could be compared"
-    try:
-        compared = compare_answers(session.local(candidate.predictions), answers, session.config.evaluation)
-    except DataError:
+    compared = compare_common_answers(session.local(candidate.predictions), answers, session.config.evaluation)
+    if compared is None:
         return False, f"{holder} answered other rows, so nothing could be compared"
     entry = next(iter(compared["metrics"].values()))
     difference = entry["difference"]
@@ -258,6 +269,7 @@ def _judge(session: Session, candidate: Candidate, champion: Any) -> tuple[bool,
     figures = f"{difference['value']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
     if "p_value" in difference:
         figures += f", p = {difference['p_value']:.3g}"
+    figures += f", on the {compared['num_rows']} rows that both answered"
     return judged == "better", f"{entry['title']} against {holder}: {judged} ({figures})"
 
 

@@ -191,7 +191,13 @@ class Results:
         from vlm.evaluation.report_data import read_report
 
         if (path / "metrics.json").is_file():
-            metrics = _checked(json.loads((path / "metrics.json").read_text(encoding="utf-8")), name)
+            try:
+                found = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(
+                    f"the metrics.json of {name!r} is no JSON ({error}); give one that the pipeline wrote"
+                ) from error
+            metrics = _checked(found, name)
             # A folder of the store is named by its digest.
             folder = path.resolve().name
             digest = folder if re.fullmatch(r"[0-9a-f]{64}", folder) else None
@@ -267,6 +273,8 @@ def _tuned(metrics: Json, name: str) -> Json | None:
 
 
 def _checked(metrics: Json, name: str) -> Json:
+    if not isinstance(metrics, dict):
+        raise ConfigError(f"the metrics.json of {name!r} is no JSON object; give one that the pipeline wrote")
     missing = [key for key in ("metrics", "num_rows", "split", "normalization") if key not in metrics]
     if missing:
         raise ConfigError(f"the metrics.json of {name!r} has no {missing[0]!r}; give one that the pipeline wrote")

@@ -15,6 +15,7 @@ from tasks.registry import Candidate, register, source_of
 from tasks.session import Session
 from tasks.step import finish, named_step
 from tasks.summary import linked, step_outcomes
+from tasks.tracking import viewer
 
 
 @named_step("inference_mode")
@@ -36,7 +37,7 @@ def score(session: Session, predicted: Predicted, dataset: ArtifactRef | None, a
     """Scores the answers and writes the report."""
     subject = session.subject
     assert subject is not None
-    metrics = save_metrics(session, predicted)
+    metrics, _ = save_metrics(session, predicted)
     refs = {"metrics": metrics} | ({} if dataset is None else {"dataset": dataset})
     report = save_report(session, f"{subject.name}: evaluation report", refs)
     registered = None
@@ -67,7 +68,7 @@ def summarise_evaluation(runs: EvaluationRuns, scored: Scored) -> Json:
             }
     locations = linked(session, {"evaluation": scored.report})
     if session.tracker is not None:
-        locations["runs"] = f"mlflow ui --backend-store-uri {session.tracker.uri}"
+        locations["runs"] = viewer(session.tracker.uri)
     return {
         "subject": {"kind": runs.subject.kind, "name": runs.subject.name},
         "steps": {name: steps[name] for name in EVALUATION_STEPS if name in steps},

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifacts.code_digest import code_digest
+from artifacts.errors import StoreError, StoreWriteError, full_disk
 from artifacts.keys import step_key
 from artifacts.manifest import subtree_digest
 from artifacts.pins import Pin
@@ -23,12 +25,14 @@ from artifacts.store import Store
 from tasks.graph import STEPS, Json, Resolved, Unit, units_for
 from vlm.cache import cache_directory
 from vlm.config import ModelConfig, RunConfig
-from vlm.errors import ResourceError
+from vlm.errors import ResourceError, VlmError
 from vlm.loading.device import detect_device, resolve_precision, resolve_quantization
 from vlm.progress import counting_bytes
 
 if TYPE_CHECKING:
     from vlm.evaluation.subject import Subject
+
+_log = logging.getLogger("artifacts")
 
 Outputs = dict[str, ArtifactRef]
 Build = Callable[[Path, Mapping[str, Path]], Json]
@@ -249,11 +253,26 @@ class Session:
                 if result is None:
                     result = self._build(unit, key, document, inputs, build, started)
                     shutil.rmtree(self.store.resumable(key), ignore_errors=True)
+        if result.cached:
+            self._tidy(unit, key)
+        earlier = self.results.get(unit.name)
+        # A run that starts over, to mend what proved damaged, finds what it has made itself; that was no cached result.
+        if earlier is None or not result.cached or earlier.outputs != result.outputs:
+            self.results[unit.name] = result
+        return self.results[unit.name]
+
+    def _tidy(self, unit: Unit, key: str) -> None:
+        """Removes what a run left that was killed after its record and before it had tidied up itself."""
+        if not self.store.has_resumable(key):
+            return
+        with suppress(_BusyError, StoreWriteError), self.store.lock(unit.name, key, on_wait=_give_up):
+            shutil.rmtree(self.store.resumable(key), ignore_errors=True)
+
+    def _hold(self, outputs: Outputs) -> None:
+        """Keeps artifacts from garbage collection until the run ends."""
         if self._pin is None:
             self._pin = self._exit.enter_context(self.store.pin())
-        self._pin.add(*result.outputs.values())
-        self.results[unit.name] = result
-        return result
+        self._pin.add(*outputs.values())
 
     def take_part(
         self, name: str, inputs: Mapping[str, ArtifactRef], work: Callable[[Path, Mapping[str, Path]], object]
@@ -289,9 +308,7 @@ class Session:
                 time.sleep(1)
             wall_seconds = time.monotonic() - started
             result = UnitResult(unit.name, key, dict(record.outputs), False, wall_seconds, dict(record.info))
-        if self._pin is None:
-            self._pin = self._exit.enter_context(self.store.pin())
-        self._pin.add(*result.outputs.values())
+        self._hold(result.outputs)
         self.results[unit.name] = result
         return result
 
@@ -299,6 +316,13 @@ class Session:
         record = self.store.lookup(unit.name, key)
         if record is None:
             return None
+        try:
+            self._hold(dict(record.outputs))
+        except StoreWriteError as error:
+            # A store that this user may only read still answers; who may write to it may also collect its garbage.
+            _log.debug("Not held: %s", error)
+        if not self.store.is_recorded(unit.name, key):
+            return None  # garbage collection came in between
         return UnitResult(unit.name, key, dict(record.outputs), cached=True, wall_seconds=0.0, info=dict(record.info))
 
     def _build(
@@ -320,7 +344,14 @@ class Session:
         with self.store.staging() as stage:
             for output in unit.outputs:
                 (stage / output).mkdir()
-            info = build(stage, folders)
+            try:
+                info = build(stage, folders)
+            except (StoreError, VlmError):
+                raise
+            except Exception as error:
+                if (full := full_disk(stage, error)) is not None:
+                    raise full from error
+                raise
             size_bytes = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
             with counting_bytes("publishing", size_bytes) as advance:
                 outputs = {
@@ -335,6 +366,7 @@ class Session:
                     for output in unit.outputs
                 }
         wall_seconds = time.monotonic() - started
+        self._hold(outputs)  # first, so that garbage collection never sees the record without it
         self.store.record(unit.name, key, document, outputs, {"wall_seconds": round(wall_seconds, 3), **info})
         return UnitResult(unit.name, key, outputs, cached=False, wall_seconds=wall_seconds, info=info)
 
@@ -359,9 +391,22 @@ class Session:
             from vlm.data.fingerprint import source_digest
 
             return {
-                f"data.sources[{number}]": source_digest(source, cache_dir=self.cache_dir, on_bytes=advance)
+                f"data.sources[{number}]": source_digest(
+                    source,
+                    follow_links=self.config.data.follow_links,
+                    cache_dir=self.cache_dir,
+                    on_bytes=advance,
+                )
                 for number, source in enumerate(self.config.data.sources)
             }
+
+
+class _BusyError(Exception):
+    """Another process works on it."""
+
+
+def _give_up(seconds: float) -> None:
+    raise _BusyError
 
 
 def package_versions() -> dict[str, str]:

@@ -10,8 +10,10 @@ from pathlib import Path
 from artifacts.refs import ArtifactRef
 from tasks.graph import STEPS, Json
 from tasks.session import Session
+from tasks.tracking import viewer
 from vlm.config.evaluation import ExportType
 from vlm.evaluation.verdicts import verdict
+from vlm.redaction import without_secrets
 
 
 def summarise(
@@ -144,9 +146,9 @@ def _locations(session: Session, report: ArtifactRef, exports: Mapping[ExportTyp
     wanted |= {name: ref for name, ref in exports.items() if name != "lora"}
     where = linked(session, wanted)
     if session.config.export.destination is not None:
-        where["copies"] = session.config.export.destination
+        where["copies"] = without_secrets(session.config.export.destination)
     if session.tracker is not None:
-        where["runs"] = f"mlflow ui --backend-store-uri {session.tracker.uri}"
+        where["runs"] = viewer(session.tracker.uri)
     return where
 
 
@@ -161,7 +163,7 @@ def linked(session: Session, artifacts: Mapping[str, ArtifactRef]) -> dict[str, 
     where = {}
     for name, ref in artifacts.items():
         if root is None:
-            where[name] = f"{session.config.runtime.store} artifact {ref.digest}"
+            where[name] = without_secrets(f"{session.config.runtime.store} artifact {ref.digest}")
             continue
         link = _link(root.parent / "latest" / name, session.local(ref))
         where[name] = str(link / "report.html" if ref.kind == "report" else link)

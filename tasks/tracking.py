@@ -17,6 +17,8 @@ from pydantic import BaseModel
 from artifacts.refs import ArtifactRef
 from tasks.graph import Json
 from tasks.session import Session
+from vlm.errors import ConfigError
+from vlm.redaction import without_secrets
 
 RUN_ID_FILE = "mlflow_run_id"
 
@@ -31,6 +33,16 @@ def tracking_uri(session: Session) -> str:
     root = session.local_root
     folder = root.parent if root is not None else Path.cwd()
     return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def viewer(uri: str) -> str:
+    """How people look at the runs: a server's own address, or the command that shows a database.
+
+    Args:
+        uri: The tracking address.
+    """
+    uri = without_secrets(uri)
+    return uri if uri.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {uri}"
 
 
 class Tracker:
@@ -51,15 +63,27 @@ class Tracker:
         self.run_id: str | None = None
 
     def start(self) -> str:
-        """Opens the MLflow run unless it is open; returns its id."""
+        """Opens the MLflow run unless it is open; returns its id.
+
+        Raises:
+            ConfigError: The tracking address cannot be used.
+        """
         if self.run_id is not None:
             return self.run_id
         import mlflow
+        from mlflow.exceptions import MlflowException
 
         mlflow.set_tracking_uri(self.uri)
-        with first_use(self.uri):
-            _set_experiment(self.uri, self.session.config.tracking.experiment)
-        run = mlflow.start_run(tags=self._tags())
+        try:
+            with first_use(self.uri):
+                _set_experiment(self.uri, self.session.config.tracking.experiment)
+            run = mlflow.start_run(tags=self._tags())
+        except MlflowException as error:
+            # Not chained: MLflow repeats the address, password and all, and Prefect keeps tracebacks.
+            raise ConfigError(
+                f"tracking.uri {self.uri!r} cannot be used ({error}); check the address and its login (MLFLOW_TRACKING_USERNAME"
+                " and MLFLOW_TRACKING_PASSWORD), or set tracking.enabled to false"
+            ) from None
         mlflow.log_params(flat(self.shown.model_dump(mode="json", exclude={"runtime", "tracking"})))
         self.run_id = str(run.info.run_id)
         return self.run_id
@@ -71,15 +95,18 @@ class Tracker:
         import mlflow
 
         remembered = work_dir / RUN_ID_FILE
-        run_id = remembered.read_text().strip() if remembered.exists() else None
-        if run_id is not None:
+        run_id = remembered.read_text().strip() if remembered.exists() else ""
+        resumes = _is_known(run_id)
+        if resumes:
             # A nested run that resumes keeps its curve, below the flow run that finishes it.
             nested = mlflow.start_run(run_id=run_id, nested=True)
         else:
             nested = mlflow.start_run(run_name="train", nested=True, tags=self._tags())
-            remembered.write_text(nested.info.run_id)
         try:
-            mlflow.log_params(flat({"training": self.session.config.training.model_dump(mode="json")}))
+            if not resumes:
+                # Once: MLflow refuses another value, and how often to log or save may be another one by now.
+                mlflow.log_params(flat({"training": self.session.config.training.model_dump(mode="json")}))
+                remembered.write_text(nested.info.run_id)
             yield _metric_callback()
         except BaseException as error:
             mlflow.end_run("FAILED" if isinstance(error, Exception) else "KILLED")
@@ -138,13 +165,13 @@ def training_callbacks(session: Session, work_dir: Path) -> Iterator[list[Any]]:
 
 
 def flat(tree: Json, prefix: str = "") -> dict[str, str]:
-    """Flattens nested settings to dotted names, as MLflow shows parameters."""
+    """Flattens nested settings to dotted names, as MLflow shows parameters, without passwords of addresses."""
     leaves: dict[str, str] = {}
     for name, value in tree.items():
         if isinstance(value, dict) and value:
             leaves |= flat(value, f"{prefix}{name}.")
         else:
-            leaves[f"{prefix}{name}"] = str(value)
+            leaves[f"{prefix}{name}"] = without_secrets(str(value))
     return leaves
 
 
@@ -159,6 +186,17 @@ def _set_experiment(uri: str, name: str) -> None:
         folder = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow_artifacts"
         mlflow.create_experiment(name, artifact_location=folder.as_uri())
     mlflow.set_experiment(name)
+
+
+def _is_known(run_id: str) -> bool:
+    """Whether there is still a run of that id; the log may have been removed, or moved, since a training was killed."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(run_id) and mlflow.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException:
+        return False
 
 
 @contextmanager
@@ -183,7 +221,7 @@ def _log_dataset(run_id: str, ref: ArtifactRef, store: str) -> None:
     import mlflow
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source = json.dumps({"store": store, "artifact": ref.digest})
+    source = json.dumps({"store": without_secrets(store), "artifact": ref.digest})
     dataset = Dataset(name="dataset", digest=ref.digest[:36], source_type="artifact", source=source)
     used = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
     mlflow.MlflowClient().log_inputs(run_id, datasets=[used])

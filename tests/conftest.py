@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before anything imports these packages: no network, no telemetry, no threads that spin while they wait.
 os.environ.update(
@@ -19,6 +20,12 @@ os.environ.update(
 )
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     os.environ["OMP_NUM_THREADS"] = "1"
+
+# The same examples in every run, so that a red test is the change's own fault; "deep" draws many new ones, by
+# `pytest --hypothesis-profile deep` or HYPOTHESIS_PROFILE=deep. A loaded machine is slow, which says nothing about a test.
+settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("deep", settings.get_profile("ci"), derandomize=False, max_examples=5000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 PROJECT = Path(__file__).resolve().parents[1]
 

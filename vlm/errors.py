@@ -14,11 +14,17 @@ Anything else that escapes from the core is a bug, not bad input.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+from vlm.redaction import without_secrets
 
 
 class VlmError(ValueError):
-    """Base class of all errors that the user can mend."""
+    """Base class of all errors that the user can mend. Passwords and tokens in its message are hidden."""
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(without_secrets(part) if isinstance(part, str) else part for part in parts))
 
 
 class ConfigError(VlmError):
@@ -65,3 +71,17 @@ def near_names(name: str, known: Iterable[str], *, limit: int = 5) -> str:
     listed = ", ".join(repr(known_name) for known_name in names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"Known: {listed}{more}."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+
+
+def shown(value: object) -> str:
+    """A value for an error message, as in code; what is long or nested is cut short.
+
+    Args:
+        value: Anything.
+    """
+    text = _SHORT.repr(value)
+    return text if len(text) <= 300 else f"{text[:297]}…"

@@ -10,14 +10,14 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from artifacts import Store, StoreError, StoreUnavailableError, StoreWriteError
 from artifacts.gc import collect
+from tests.support.small_disk import small_disk
 
 from .conftest import publish, read_tree, stored, write_files
 
@@ -97,20 +97,6 @@ def test_no_permission_while_publishing(store: Store, make_tree: Callable[..., P
             store.publish(folder, kind="dataset", consume=False)
     assert_nothing_visible(store)
     assert store.publish(folder, kind="dataset", consume=False).num_files == 2
-
-
-@contextmanager
-def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A real file system of a few megabytes. Needs the right to mount."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=777", "tmpfs", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("mount") else None
-    if result is None or result.returncode:
-        pytest.skip(f"this user may not mount a small file system: {result and result.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("consume", [True, False])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import subprocess
+import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from artifacts import ArtifactRef, Store, pins
+from artifacts import ArtifactRef, Store, gc, pins
 from artifacts.gc import collect
 
 from .conftest import flip_byte, publish, read_tree, stored
@@ -101,8 +105,12 @@ def test_pins_protect_until_they_end_or_expire(store: Store, monkeypatch: pytest
         assert read_tree(store.materialize(loose)) == {"loose": b"loose"}
     assert stored(store, "pins") == []
 
-    pin = pins.Pin(store.backend, seconds=-1)  # its owner died long ago
-    pin.add(loose)
+    owner = subprocess.Popen(["true"])  # and died long ago
+    owner.wait()
+    pin = pins.Pin(store.backend, seconds=-1)
+    with monkeypatch.context() as patch:
+        patch.setattr(pins, "os", types.SimpleNamespace(getpid=lambda: owner.pid))
+        pin.add(loose)
     report = collect(store, dry_run=False, keep_last=0, grace_seconds=0)
     assert (len(report.manifests), report.leftovers) == (2, [pin._path])
     assert contents(store) == []
@@ -116,6 +124,64 @@ def test_a_pin_is_renewed_while_it_is_held(store: Store):
     with pytest.raises(ValueError, match="digest"), store.pin(["nonsense"]):
         pass
     assert stored(store, "pins") == []
+
+
+def test_the_pin_of_a_living_owner_survives_a_clock_that_jumps(store: Store, monkeypatch: pytest.MonkeyPatch):
+    ref = keep(store, "train", 1, monkeypatch)
+    clock = time.time
+    with store.pin([ref]), monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: clock() + 7 * 86400)  # the machine has slept
+        report = collect(store, dry_run=False, keep_last=0)
+        assert (report.records, report.manifests, report.objects, report.leftovers) == ([], [], [], [])
+    assert store.lookup("train", f"{1:064x}", full=True) is not None
+
+
+def test_a_record_that_is_found_and_then_pinned_is_whole_or_known_to_be_gone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    first, second = (keep(store, unit, 1, monkeypatch) for unit in ("train", "export"))
+    key = f"{1:064x}"
+    found = store.lookup("train", key)
+    assert found is not None
+    assert store.lookup("export", key) is not None
+    drop = gc._Collection._collect_records
+
+    def pin_meanwhile(self: gc._Collection, *arguments: object) -> set[str]:
+        pin.add(second)
+        assert store.is_recorded("export", key)
+        live = drop(self, *arguments)  # type: ignore[arg-type]
+        pin.add(first)
+        assert not store.is_recorded("train", key), "whoever pins now sees that it came too late"
+        return live
+
+    with store.pin() as pin, monkeypatch.context() as patch:
+        patch.setattr(gc._Collection, "_collect_records", pin_meanwhile)
+        collect(store, dry_run=False, keep_last=0, grace_seconds=0)
+        assert read_tree(store.materialize(second))["own"] == b"export 1"
+
+
+def test_work_and_folders_that_vanish_meanwhile_do_not_end_a_collection(file_store: Store):
+    stop = threading.Event()
+
+    def come_and_go(key: str) -> None:
+        while not stop.is_set():
+            with file_store.staging() as folder:
+                (folder / "part").write_bytes(b"x")
+                work = file_store.resumable(key)
+                (work / "checkpoint-1").mkdir(exist_ok=True)
+                (work / "checkpoint-1" / "weights").write_bytes(b"weights")
+            shutil.rmtree(work, ignore_errors=True)
+
+    threads = [threading.Thread(target=come_and_go, args=(letter * 64,)) for letter in "ab"]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(150):
+            assert collect(file_store, dry_run=True, grace_seconds=0).abandoned == []
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_interrupted_work_stays_for_a_week(store: Store):

@@ -47,6 +47,15 @@ def test_the_lease_of_a_dead_owner_is_taken_over_when_it_expires(lease_store: St
         assert lease(lease_store)["owner"] != "dead"
 
 
+def test_the_lease_of_a_dead_owner_whose_clock_was_ahead_is_taken_over_too(lease_store: Store):
+    far_away = time.time() + 2 * 86400
+    lease_store.backend.write("leases/train-k.json", json.dumps({"owner": "dead", "expires": far_away}).encode())
+    start = time.monotonic()
+    with lease_store.lock("train", "k", lease_seconds=0.5):
+        assert 0.5 <= time.monotonic() - start < 30
+        assert lease(lease_store)["owner"] != "dead"
+
+
 def test_a_lease_that_is_not_one_is_taken_over(lease_store: Store):
     lease_store.backend.write("leases/train-k.json", b"{")
     with lease_store.lock("train", "k"):

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from artifacts import ArtifactRef, InvalidArtifactError, Manifest, NotFoundError, UnhashableError, subtree_digest
+from artifacts.backend import open_backend
 from artifacts.errors import StoreUnavailableError
+from artifacts.index import IndexRecord
+from artifacts.keys import canonical_digest
 from artifacts.manifest import FileEntry
 from artifacts.sealed import BrokenSealError, seal, unseal
 
@@ -85,7 +88,9 @@ def test_the_digest_of_a_subtree_depends_on_that_subtree_only():
 
 
 @given(
-    st.dictionaries(st.sampled_from("abcd"), st.integers() | st.text(max_size=3) | st.floats(allow_nan=False)),
+    st.dictionaries(
+        st.sampled_from("abcd"), st.integers() | st.text(max_size=3) | st.floats(allow_nan=False, allow_infinity=False)
+    ),
     st.data(),
 )
 def test_a_seal_notices_any_changed_byte(fields: dict[str, object], data: st.DataObject):
@@ -107,3 +112,68 @@ def test_a_later_layout_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     with pytest.raises(StoreUnavailableError, match=r"schema 2.*Update"):
         unseal(raw)
+
+
+def crafted(files: list[dict[str, object]], kind: object = "dataset") -> tuple[bytes, str]:
+    """A manifest file whose seal and digest fit its content, as anybody can make one, and its digest."""
+    content = {"kind": kind, "files": files, "metadata": {}}
+    return seal({"content": content, "provenance": {}}), canonical_digest(content)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [{"path": "../../outside", "size_bytes": 1, "sha256": A}],
+        [{"path": "/etc/outside", "size_bytes": 1, "sha256": A}],
+        [{"path": "a", "size_bytes": 1, "sha256": "../../outside"}],
+        [{"path": "a", "size_bytes": -1, "sha256": A}],
+        [{"path": "a", "size_bytes": "1", "sha256": A}],
+        [{"path": 7, "size_bytes": 1, "sha256": A}],
+        [{"path": "a", "size_bytes": 1, "sha256": A}, {"path": "a", "size_bytes": 1, "sha256": B}],
+        [],
+    ],
+)
+def test_a_manifest_made_elsewhere_names_nothing_outside_its_folder(files: list[dict[str, object]]):
+    with pytest.raises(BrokenSealError, match="no artifact can have"):
+        Manifest.from_bytes(*crafted(files))
+    with pytest.raises(BrokenSealError):
+        Manifest.from_bytes(*crafted([{"path": "a", "size_bytes": 1, "sha256": A}], kind="../x"))
+
+
+@pytest.mark.parametrize("raw", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b'{"a": NaN}', b"\xff", b"null"])
+def test_what_is_no_sealed_file_is_refused(raw: bytes):
+    with pytest.raises(BrokenSealError):
+        unseal(raw)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = ("content", "provenance", "unit", "key", "document", "outputs", "info", "created")
+
+
+@given(fields=st.fixed_dictionaries({}, optional=dict.fromkeys(FIELDS, JSON)), raw=st.binary(max_size=60))
+def test_sealed_nonsense_is_a_broken_seal_and_nothing_else(fields: dict[str, object], raw: bytes):
+    try:
+        sealed = seal(fields)
+    except UnicodeEncodeError:  # half a character, which no file has
+        sealed = raw
+    for data in (sealed, raw):
+        with pytest.raises(BrokenSealError):
+            Manifest.from_bytes(data, A)
+        with pytest.raises(BrokenSealError):
+            IndexRecord.from_bytes(data)
+
+
+def test_passwords_of_addresses_are_not_in_messages():
+    with pytest.raises(StoreUnavailableError) as caught:
+        open_backend("nosuchprotocol://user:hunter2@host/store?sig=abcdef")
+    assert "hunter2" not in str(caught.value)
+    assert "abcdef" not in str(caught.value)
+    assert "nosuchprotocol://user:***@host/store?sig=***" in str(caught.value)

@@ -1,4 +1,4 @@
-"""A real server, all deployments, and one run through a process worker."""
+"""A real server, all deployments, and runs through a process worker: one that is cancelled, and one that goes on."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.flows.conftest import settings_on
+from tests.flows.test_vision_finetune import logged_steps
 
 PROJECT = Path(__file__).resolve().parents[2]
 PREFECT = [sys.executable, "-m", "prefect"]
@@ -38,14 +42,42 @@ def run(command: list[str], environment: dict[str, str], cwd: Path) -> str:
     return done.stdout
 
 
+@contextmanager
+def working(environment: dict[str, str], cwd: Path) -> Iterator[None]:
+    """A worker that takes what is scheduled."""
+    command = [*PREFECT, "worker", "start", "--pool", "vision-finetune", "--type", "process"]
+    with (cwd / "worker.log").open("w") as log:
+        worker = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield
+        finally:
+            worker.terminate()
+            worker.wait(60)
+
+
+def state_of(url: str, flow_run: dict[str, Any]) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{url}/flow_runs/{flow_run['id']}", timeout=30) as answer:
+        state: dict[str, Any] = json.load(answer)["state"]
+        return state
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
 @pytest.mark.slow
-def test_all_deploy_and_one_runs_to_completed(server: dict[str, str], tmp_path: Path) -> None:
+def test_all_deploy_and_one_is_cancelled_and_then_runs_to_completed(server: dict[str, str], tmp_path: Path) -> None:
     run([*PREFECT, "work-pool", "create", "--type", "process", "vision-finetune"], server, tmp_path)
     run([*PREFECT, "--no-prompt", "deploy", "--all"], server, PROJECT)
     url = server["PREFECT_API_URL"]
     deployments = {entry["name"]: entry for entry in post(f"{url}/deployments/filter", {})}
     assert set(deployments) == {"on-demand", "nightly", "evaluate"}
     assert deployments["nightly"]["schedules"][0]["schedule"]["cron"] == "30 2 * * *"
+    assert deployments["nightly"]["parameters"]["config"]["tracking"]["registered_model"]
+    assert deployments["nightly"]["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     assert deployments["on-demand"]["schedules"] == []
     assert deployments["evaluate"]["entrypoint"] == "flows.evaluate.evaluate"
     assert "What is scored" in json.dumps(deployments["evaluate"]["parameter_openapi_schema"])
@@ -57,12 +89,25 @@ def test_all_deploy_and_one_runs_to_completed(server: dict[str, str], tmp_path: 
         assert "Peak learning rate" in form
 
     config = settings_on(tmp_path / "store")
+    config["training"] |= {"max_steps": 40}
     body = {"parameters": {"config": config}, "state": {"type": "SCHEDULED"}}
-    flow_run = post(f"{url}/deployments/{deployments['on-demand']['id']}/create_flow_run", body)
+    create = f"{url}/deployments/{deployments['on-demand']['id']}/create_flow_run"
+    log = tmp_path / "mlflow.db"
+    cancelled = post(create, body)
     # Away from the project's folder: the module entrypoint must not depend on where the worker starts.
-    run([*PREFECT, "worker", "start", "--pool", "vision-finetune", "--type", "process", "--run-once"], server, tmp_path)
-    with urllib.request.urlopen(f"{url}/flow_runs/{flow_run['id']}", timeout=30) as answer:
-        state = json.load(answer)["state"]
+    with working(server, tmp_path):
+        wait_until(lambda: bool(logged_steps(log)), 300)
+        post(f"{url}/flow_runs/{cancelled['id']}/set_state", {"state": {"type": "CANCELLING"}})
+        # Prefect kills what has not ended half a minute after it was asked to.
+        wait_until(lambda: state_of(url, cancelled)["type"] == "CANCELLED", 30)
+        assert len(list((tmp_path / "store" / "work").glob("*/checkpoint-*"))) == 1
+        assert len(logged_steps(log)) < 40
+        flow_run = post(create, body)
+        wait_until(lambda: state_of(url, flow_run)["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"), 300)
+    steps = logged_steps(log)
+    assert steps == sorted(set(steps)), "what the cancelled run had trained was not trained again"
+    assert steps[-1] == 40
+    state = state_of(url, flow_run)
     assert state["type"] == "COMPLETED", state
     tasks = post(f"{url}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run["id"]]}}})
     assert len(tasks) == 7

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tasks.graph import STEPS
 from tasks.plan import FORCED, HIT, MISS, PENDING, Planned, plan_run
 from tasks.session import Session
 from tasks.summary import format_summary
+from tasks.tracking import Tracker
 from tests.flows.conftest import settings_on
 from vlm.config import RunConfig
 from vlm.errors import ExportError
@@ -135,6 +137,13 @@ def test_a_second_export_repeats_nothing_else(first_run: dict[str, Any], small_s
     assert (Path(summary["locations"]["merged_4bit"]) / "config.json").exists()
 
 
+def test_another_slice_exports_nothing_again(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
+    summary = vision_finetune(merged(small_settings, evaluation={"slice_by": ["group"]}))
+    assert ran(summary) == {"evaluate_and_save.metrics", "evaluate_and_save.report"}
+    other = {name for name, digest in summary["artifacts"].items() if first_run["artifacts"][name] != digest}
+    assert other == {"evaluate_and_save.metrics.metrics", "evaluate_and_save.report.report"}
+
+
 def test_exports_are_verified_in_a_fresh_process(first_run: dict[str, Any], small_settings: dict[str, Any]) -> None:
     config = merged(small_settings, export={"types": ["merged_16bit", "gguf"], "verify": True, "verify_rows": 2})
     summary = vision_finetune(config)
@@ -144,9 +153,12 @@ def test_exports_are_verified_in_a_fresh_process(first_run: dict[str, Any], smal
     verification = json.loads((folder / "verification.json").read_text())
     assert verification["num_rows"] == 2
     assert verification["distance"] < verification["max_distance"]
-    assert "Loaded again in a fresh process" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "Loaded again in a fresh process" in card
+    figure = summary["metrics"]["metrics"]["cer"]["tuned"]["value"]
+    assert f"| Character error rate (lower is better) | {figure:.4f} [" in card
     folder = Path(summary["locations"]["gguf"])
-    assert (folder / "Modelfile").exists()
+    assert "PARAMETER num_ctx 4096" in (folder / "Modelfile").read_text()  # short conversations, and the least is that
     says = "with llama.cpp and compared" if llama_cpp_is_there() else "llama.cpp itself did not run the files"
     assert says in (folder / "README.md").read_text()
     assert ran(vision_finetune(config)) == set()
@@ -231,11 +243,52 @@ def test_one_nested_mlflow_run_per_training(first_run: dict[str, Any], small_set
     parent = client.get_run(nested[-1].data.tags["mlflow.parentRunId"])
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["artifact.train.adapter"] == first_run["artifacts"]["train.adapter"]
-    assert "prefect.flow_run_id" in parent.data.tags
     assert parent.data.params["lora.rank"] == "4"
     assert "tuned_cer" in parent.data.metrics
+    assert {entry.path for entry in client.list_artifacts(parent.info.run_id)} == {"metrics.json", "report.html"}
     assert parent.inputs.dataset_inputs
     assert len(client.get_metric_history(nested[-1].info.run_id, "loss")) == 3
+    shown = artifacts_of(parent.data.tags["prefect.flow_run_id"])
+    assert {key: artifact.type for key, artifact in shown.items()} == {
+        "metrics": "table",
+        "summary": "markdown",
+        "report": "markdown",
+    }
+    assert [row["metric"] for row in json.loads(shown["metrics"].data)] == list(first_run["metrics"]["metrics"])
+    assert "| cer (lower is better) |" in shown["report"].data
+
+
+def artifacts_of(flow_run_id: str) -> dict[str, Any]:
+    """What a run shows on its page in the Prefect UI, by name; progress has none."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+    with get_client(sync_client=True) as client:
+        return {entry.key: entry for entry in client.read_artifacts(artifact_filter=of_run) if entry.key is not None}
+
+
+def test_a_training_that_resumes_keeps_its_curve_if_there_is_one(
+    first_run: dict[str, Any], small_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def logged_to(every: int) -> str:
+        session = Session.open(merged(small_settings, training={"log_every_steps": every}))
+        tracker = Tracker(session, None)
+        with tracker.training(tmp_path):
+            run_id = str(mlflow.active_run().info.run_id)
+        tracker.finish({}, {})
+        return run_id
+
+    import mlflow
+
+    first = logged_to(1)
+    # Neither decides about the training, so it resumes; the log would refuse another value.
+    assert logged_to(2) == first
+    (tmp_path / "mlflow_run_id").write_text("0" * 32)  # of a log that is not there any more
+    second = logged_to(1)
+    assert second not in (first, "0" * 32)
+    (tmp_path / "mlflow_run_id").write_text("")  # the process was killed while it wrote it
+    assert logged_to(1) not in (first, second)
 
 
 def test_the_export_is_delivered_once(
@@ -288,25 +341,29 @@ def test_bad_input_is_one_error_without_a_traceback(settings: list[str], message
 
 
 @pytest.mark.slow
-def test_a_terminated_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_interrupted_trainings_go_on_from_their_checkpoints(tmp_path: Path) -> None:
     short = settings_on(tmp_path / "store")
     short["training"] |= {"max_steps": 40}
     (tmp_path / "run.yaml").write_text(json.dumps(short))  # JSON is YAML
     settings = ["--config", "run.yaml"]
-    command = [sys.executable, "-m", "flows.vision_finetune", *settings]
-    # With an embedded server, as for most people: it has to end with the run.
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "mlflow.db"
-    deadline = time.monotonic() + 300
-    while not logged_steps(log):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
-    process.terminate()
-    _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 143
+    log, home = tmp_path / "mlflow.db", tmp_path / "prefect"
+
+    # With an embedded server, as for most people: it has to end with the run, but not before it.
+    complaint = interrupt(signal.SIGINT, settings, log, PREFECT_HOME=str(home))
     assert "the same command goes on from" in complaint
+    assert "Traceback" not in complaint
     assert list((tmp_path / "store" / "work").glob("*/checkpoint-*"))
+    with contextlib.closing(sqlite3.connect(home / "prefect.db")) as connection:
+        assert connection.execute("select state_type from flow_run").fetchall() == [("CANCELLED",)]
+
+    from prefect.settings import PREFECT_API_URL
+
+    first = len(logged_steps(log))
+    assert 0 < first < 40
+    complaint = interrupt(signal.SIGTERM, settings, log, PREFECT_API_URL=str(PREFECT_API_URL.value()))
+    assert "the same command goes on from" in complaint
+    assert first < len(logged_steps(log)) < 40
+
     done = run_command(*settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "store" / "work").glob("*/checkpoint-*"))
@@ -314,6 +371,28 @@ def test_a_terminated_training_goes_on_from_its_checkpoint(tmp_path: Path) -> No
     # One curve: no step is trained, or logged, twice.
     assert steps == sorted(set(steps))
     assert steps[-1] == 40
+
+
+def interrupt(signum: signal.Signals, settings: list[str], log: Path, **environment: str) -> str:
+    """Starts the command, sends all its processes a signal when it has trained a step, and returns what it wrote."""
+    command = [sys.executable, "-m", "flows.vision_finetune", *settings]
+    known = len(logged_steps(log))
+    process = subprocess.Popen(
+        command, cwd=log.parent, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | environment
+    )
+    deadline = time.monotonic() + 300
+    while len(logged_steps(log)) == known:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)  # as a terminal does
+    else:
+        process.send_signal(signum)
+    # Half a minute is what Prefect gives a run that it cancels. The pipe ends with the last of the run's processes.
+    _, complaint = process.communicate(timeout=30)
+    assert process.returncode == 128 + signum
+    return complaint
 
 
 def logged_steps(database: Path, figure: str = "loss") -> list[int]:

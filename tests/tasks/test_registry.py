@@ -108,6 +108,7 @@ def test_the_first_version_is_champion_with_digests_and_figures(registry: Regist
     stored = mlflow.MlflowClient(registry.uri).get_model_version("receipts", "1")
     assert stored.source == "memory://exports/lora"
     assert stored.run_id
+    assert stored.description == "cer 0.5333. the first version"
     assert len(stored.tags["artifact.adapter"]) == 64
 
 
@@ -129,6 +130,21 @@ def test_answers_to_other_rows_move_nothing(registry: Registry) -> None:
     assert not other["champion"]
     assert "answered other rows" in other["reason"]
     assert champion(registry) == 1
+
+
+def test_where_data_grew_the_rows_that_both_answered_decide(registry: Registry) -> None:
+    # Rows 21 to 50 against the champion's 0 to 29.
+    worse = registry.add(6, first=21)
+    assert not worse["champion"]
+    assert "worse (+0.1000" in worse["reason"]
+    better = registry.add(3, first=21)
+    assert better["champion"], better["reason"]
+    assert "on the 9 rows that both answered" in better["reason"]
+    # Three rows, each better: by chance in a quarter of all cases.
+    few = registry.add(1, first=48)
+    assert not few["champion"]
+    assert "no clear difference" in few["reason"]
+    assert "on the 3 rows" in few["reason"]
 
 
 def test_a_result_is_registered_once_and_kept_from_collection(registry: Registry) -> None:

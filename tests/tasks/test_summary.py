@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from tasks.summary import metric_rows, report_markdown
+from tasks.tracking import viewer
 
 SUMMARY = {
     "metrics": {
@@ -43,3 +44,8 @@ def test_the_short_report_holds_figures_failures_and_places() -> None:
     assert "| empty | 1 | – |" in lines
     assert not any("repetition" in line for line in lines)
     assert lines[-1] == "- report: `runs/latest/report/report.html`"
+
+
+def test_runs_on_a_server_are_looked_at_there() -> None:
+    assert viewer("https://mlflow.example.org/team") == "https://mlflow.example.org/team"
+    assert viewer("sqlite:///runs/mlflow.db") == "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"

@@ -174,6 +174,10 @@ class DataConfig(Section):
     max_dropped_fraction: float = Field(
         0.1, ge=0, le=1, description="Preparation fails when more than this share of the rows had to be dropped."
     )
+    follow_links: bool = Field(
+        False,
+        description="Read images that symbolic links in a source's folder lead to outside of it; off, such rows are dropped.",
+    )
     allow_urls: bool = Field(
         False, description="Fetch images that rows name by a remote address (http, s3, …); off, such rows are dropped."
     )

@@ -23,7 +23,7 @@ class SubjectConfig(Section):
         description="Adapter folder, export folder, checkpoint folder or Hub name of a whole model, or predictions file"
         " (JSON lines with `id` and `prediction`). Adapters and predictions may lie on any fsspec address.",
     )
-    kind: SubjectKind | Literal["auto"] = Field("auto", description="'auto' goes by the files that are there.")
+    kind: Literal["auto", SubjectKind] = Field("auto", description="'auto' goes by the files that are there.")
     targets: Literal["dataset", "file"] = Field(
         "dataset",
         description="Where the expected answers to a predictions file are: in the prepared dataset, matched by `id`, or in"

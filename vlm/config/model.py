@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from vlm.config.base import Section
+from vlm.config.base import MAX_SEED, Section
 
 BUILTIN_MODEL = "builtin"
 # The same architecture at toy size with random weights, for trials of the machinery.
@@ -85,7 +85,7 @@ class LoraConfig(Section):
     modules_to_save: tuple[str, ...] = Field(
         (), description="Modules trained whole and saved with the adapter, such as 'lm_head'."
     )
-    seed: int = Field(0, ge=0, description="Of the initial adapter weights.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Of the initial adapter weights.")
 
     @model_validator(mode="after")
     def _nothing_beside_full_finetuning(self) -> LoraConfig:

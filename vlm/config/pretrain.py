@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vlm.config.base import Section
+from vlm.config.base import MAX_SEED, Section
 
 _WIDTH = "a multiple of 64, the size of an attention head"
 
@@ -105,7 +105,7 @@ class PretrainConfig(Section):
     weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled weight decay, of matrices only.")
     beta2: float = Field(0.98, gt=0, lt=1, description="AdamW's decay of squared gradients.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
-    seed: int = Field(0, ge=0, description="Of the first weights and of all that is drawn.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Of the first weights and of all that is drawn.")
     num_workers: int | None = Field(
         None, ge=0, description="Processes that draw; None takes one per core but two, 0 draws in the training's own."
     )

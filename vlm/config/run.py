@@ -24,7 +24,7 @@ class TrackingConfig(Section):
         min_length=1,
         pattern=r"^[\w .-]+$",
         description="Registers every run as a version of this model in MLflow's registry; the alias 'champion' moves to it"
-        " where the leading metric is significantly better on the same rows. None registers nothing.",
+        " where the leading metric is significantly better on the rows that both answered. None registers nothing.",
     )
 
     @model_validator(mode="after")
@@ -45,7 +45,7 @@ class RuntimeConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto' takes the first GPU that is there.")
     num_workers: int | None = Field(
-        None, ge=0, description="Threads that decode images in step 3; None takes one per core."
+        None, ge=0, le=4096, description="Threads that decode images in step 3; None takes one per core."
     )
 
 

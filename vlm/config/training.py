@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from vlm.config.base import Section
+from vlm.config.base import MAX_SEED, Section
 from vlm.config.distributed import DistributedConfig
 from vlm.config.evaluation import MetricName
 from vlm.config.model import BUILTIN_MODEL
@@ -93,7 +93,7 @@ class TrainingConfig(Section):
     train_on_prompts: bool = Field(
         False, description="Put loss on the user's words too; off, only the assistant's words count."
     )
-    seed: int = Field(0, ge=0, description="Of row order and dropout.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Of row order and dropout.")
     log_every_steps: int = Field(10, ge=1, description="Steps between two logged losses.")
     checkpoint_every_steps: int = Field(
         100, ge=1, description="Steps between two checkpoints from which an interrupted run resumes."
@@ -110,7 +110,8 @@ class TrainingConfig(Section):
     generate_max_rows: int = Field(
         32, ge=1, description="Rows of such a round, the same ones every time, spread evenly over the validation split."
     )
-    keep_best: Literal["none", "loss"] | MetricName = Field(
+    # One Literal, not a union of two: forms show a union as alternatives of one name, and a literal as one list.
+    keep_best: Literal["none", "loss", MetricName] = Field(
         "none",
         description="The trained adapter is the one with the best validation loss, or the best value of a metric in the rounds"
         " of `generate_every_steps`, of equal ones the latest; 'none' takes the last one.",

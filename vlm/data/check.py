@@ -16,5 +16,5 @@ def check_sources(data: DataConfig) -> None:
     Raises:
         DataError: A source is missing or unreadable, or has no such column.
     """
-    for stream in open_streams(data.sources):
+    for stream in open_streams(data.sources, follow_links=data.follow_links):
         resolve_columns(data.columns, stream)

@@ -2,7 +2,8 @@
 
 The rule, so that a digest is never stale:
 
-* A folder counts with every file beneath it, by relative name and content.
+* A folder counts with every file beneath it, by relative name and content; a link to a folder beneath it by where it leads.
+  What links lead to outside of it counts where it may be read: data files always, the rest with ``follow_links``.
 * A file, or the files of a glob, count by name and content; so do the images that their rows may name: every string in them that
   ends like an image (``.png``, ``.jpg``, …) and leads to a place beneath the file's folder, also while no such file exists.
   Preparation reads images by path under the same two conditions only.
@@ -27,7 +28,17 @@ from pathlib import Path
 from typing import Any
 
 from vlm.config.data import SourceConfig
-from vlm.data.locations import IMAGE_SUFFIXES, DataFile, Location, is_local, open_exactly, relative_name, resolve
+from vlm.data.locations import (
+    IMAGE_SUFFIXES,
+    DataFile,
+    Location,
+    format_of_name,
+    is_local,
+    leads_outside,
+    open_exactly,
+    relative_name,
+    resolve,
+)
 from vlm.data.stat_cache import Stamp, StatCache, local_stamp, remote_stamp
 from vlm.errors import DataError
 from vlm.hub import network_errors
@@ -38,12 +49,17 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def source_digest(
-    source: SourceConfig, *, cache_dir: Path | None = None, on_bytes: Callable[[int], None] | None = None
+    source: SourceConfig,
+    *,
+    follow_links: bool = False,
+    cache_dir: Path | None = None,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> str:
     """SHA-256 that changes when the content of a source does.
 
     Args:
         source: The source; only where it lies and its format matter, not its split or row limit.
+        follow_links: Whether symbolic links to images may leave the source's folder.
         cache_dir: Folder that remembers hashes between runs; None hashes everything anew.
         on_bytes: Called with the number of bytes just hashed, for a progress bar.
 
@@ -54,7 +70,7 @@ def source_digest(
         DataError: If the source is missing or cannot be read.
     """
     with StatCache(cache_dir) as cache:
-        return _digest(_identity(source, _Hasher(cache, on_bytes)))
+        return _digest(_identity(source, _Hasher(cache, on_bytes, follow_links)))
 
 
 def _identity(source: SourceConfig, hasher: _Hasher) -> dict[str, Any]:
@@ -86,7 +102,7 @@ def _file_entries(location: Location, file: DataFile, hasher: _Hasher) -> Iterat
     for name in hasher.image_names(location.fs, file, content):
         path = posixpath.normpath(posixpath.join(folder, name))
         if path.startswith(folder.rstrip("/") + "/"):
-            yield f"{file.name} -> {name}", hasher.content_or_missing(location.fs, path)
+            yield f"{file.name} -> {name}", hasher.content_or_missing(location.fs, path, folder)
 
 
 def _digest(identity: Any) -> str:
@@ -114,9 +130,10 @@ def _hub_commit(source: SourceConfig) -> str:
 class _Hasher:
     """Hashes files through the cache."""
 
-    def __init__(self, cache: StatCache, on_bytes: Callable[[int], None] | None) -> None:
+    def __init__(self, cache: StatCache, on_bytes: Callable[[int], None] | None, follow_links: bool) -> None:
         self._cache = cache
         self._on_bytes = on_bytes
+        self.follow_links = follow_links
 
     def content(self, fs: Any, path: str) -> str:
         """SHA-256 of one file's bytes."""
@@ -125,18 +142,27 @@ class _Hasher:
         key = f"{'/'.join([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)}://{path}"
         return self._cached(key, remote_stamp(fs.info(path)), lambda: fs.open(path, "rb"))
 
-    def content_or_missing(self, fs: Any, path: str) -> str:
-        """The same, or a word for a file that is not there."""
+    def content_or_missing(self, fs: Any, path: str, root: str) -> str:
+        """The same for a name that rows give, or a word for a file that is not there or cannot be read from there."""
         try:
+            if is_local(fs):
+                if not self.follow_links and leads_outside(path, root):
+                    return "outside"
+                if not os.path.isfile(path):
+                    return "missing"  # also a pipe, which would never end
             return self.content(fs, path)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, KeyError):
+        except (OSError, KeyError, ValueError):
             return "missing"
 
     def tree(self, fs: Any, root: str) -> Iterator[tuple[str, str]]:
         """(relative name, SHA-256) of every file beneath a folder."""
         if is_local(fs):
-            for path, stat in _walk(root):
-                yield relative_name(path, root), self._cached(path, local_stamp(stat), partial(open, path, "rb"))
+            for path, stat in _walk(root, root, self.follow_links, set()):
+                name = relative_name(path, root)
+                if stat is None:
+                    yield name, f"link to {relative_name(os.path.realpath(path), os.path.realpath(root))}"
+                else:
+                    yield name, self._cached(path, local_stamp(stat), partial(open, path, "rb"))
         else:
             for path in fs.find(root, detail=False):
                 yield relative_name(str(path), root), self.content(fs, str(path))
@@ -154,6 +180,7 @@ class _Hasher:
         return list(json.loads(known))
 
     def _cached(self, key: str, stamp: Stamp | None, opener: Callable[[], Any]) -> str:
+        key = key.encode("utf-8", "backslashreplace").decode()  # names on a disk need not be UTF-8, in SQLite they must
         known = self._cache.digest(key, stamp)
         if known is not None:
             return known
@@ -167,12 +194,23 @@ class _Hasher:
         return digest.hexdigest()
 
 
-def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+def _walk(folder: str, root: str, follow_links: bool, seen: set[str]) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Files beneath a folder; links to folders beneath it come without a stat, since what they lead to comes anyway.
+
+    Links that lead up or across would otherwise be walked for ever, or twice as long with every further one.
+    """
     with os.scandir(folder) as entries:
-        for entry in entries:
+        for entry in sorted(entries, key=lambda found: found.name):
+            outside = entry.is_symlink() and leads_outside(entry.path, root)
             if entry.is_dir():
-                yield from _walk(entry.path)
-            elif entry.is_file():
+                if not entry.is_symlink():
+                    yield from _walk(entry.path, root, follow_links, seen)
+                elif not outside:
+                    yield entry.path, None
+                elif follow_links and (real := os.path.realpath(entry.path)) not in seen:
+                    seen.add(real)
+                    yield from _walk(entry.path, root, follow_links, seen)
+            elif entry.is_file() and (not outside or follow_links or format_of_name(entry.name) is not None):
                 yield entry.path, entry.stat()
 
 

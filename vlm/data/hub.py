@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,11 @@ def open_hub_dataset(source: SourceConfig) -> list[tuple[HubSplit, tuple[str, ..
     import datasets
 
     try:
-        splits = datasets.load_dataset(source.path, name=source.subset, revision=source.revision, streaming=True)
+        builder = datasets.load_dataset_builder(source.path, name=source.subset, revision=source.revision)
+        check_files(source.path, builder.config.data_files)
+        splits = builder.as_streaming_dataset()
+    except DataError:
+        raise
     except network_errors(ValueError, OSError, RuntimeError) as error:
         raise DataError(
             f"the Hub dataset {source.path!r} (subset {source.subset!r}, revision {source.revision!r}) cannot be opened: {error}. "
@@ -54,6 +58,25 @@ def open_hub_dataset(source: SourceConfig) -> list[tuple[HubSplit, tuple[str, ..
         split = HubSplit(str(name), split_from_name(str(name)), known.num_examples if known is not None else None)
         opened.append((split, tuple(features), partial(_rows, dataset, labels)))
     return opened
+
+
+def check_files(name: str, data_files: Mapping[Any, Iterable[Any]] | None) -> None:
+    """Checks that a dataset's files are on the Hub: its card may name any path of this machine, and any address.
+
+    Args:
+        name: Of the dataset.
+        data_files: Addresses by split; an archive's members are chained to its address by ``::``.
+
+    Raises:
+        DataError: One is elsewhere.
+    """
+    for files in (data_files or {}).values():
+        for file in files:
+            if not str(file).rpartition("::")[2].startswith("hf://"):
+                raise DataError(
+                    f"the Hub dataset {name!r} names the file {str(file)[:200]!r}, which is not on the Hub; use a dataset that brings"
+                    " its files, or give that file as a source of its own"
+                )
 
 
 def _rows(dataset: Any, labels: dict[str, list[str]]) -> Iterator[Row]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import os
 import posixpath
 import struct
+import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlm.data.locations import IMAGE_SUFFIXES, is_local
+from vlm.data.locations import IMAGE_SUFFIXES, is_local, leads_outside
 from vlm.data.remote import fetch_remote
 from vlm.data.rows import RowError
 
@@ -46,21 +49,29 @@ DAMAGED = (
 )
 
 
+# What Pillow says of sizes above its limit; a warning where those are errors.
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# The same of file systems and archives: what is damaged, encrypted, or packed in an unknown way.
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
+
+
 @dataclass(frozen=True)
 class ImageFolder:
     """Where a stream's image paths lead.
 
-    Symbolic links are followed: they are made by whoever owns the folder, while paths come from rows.
+    Symbolic links count by where they lead: a folder that was unpacked or cloned may hold links that somebody else made.
 
     Attributes:
         fs: File system.
         base: Folder that relative paths start from.
         root: Folder that no path may leave.
+        follow_links: Whether links may leave it all the same.
     """
 
     fs: Any
     base: str
     root: str
+    follow_links: bool = False
 
     @classmethod
     def of_hub(cls, name: str) -> ImageFolder:
@@ -110,18 +121,37 @@ class ImageFolder:
                 f"image path {path!r} leaves the source's folder; only files beneath it are read",
                 path=path,
             )
+        if not self.follow_links and self.fs is not None and is_local(self.fs) and leads_outside(joined, root or "."):
+            raise RowError(
+                "image_outside",
+                f"image path {path!r} leads out of the source's folder by a symbolic link; put the files there, or set"
+                " data.follow_links if you know where its links lead",
+                path=path,
+            )
         return joined
 
 
 @contextmanager
-def pillow_limit_off() -> Iterator[None]:
-    """Takes Pillow's own size limit away while ours applies: it only warns up to twice its bound, ours drops at it."""
+def pillow_limit(max_source_pixels: int) -> Iterator[None]:
+    """Has Pillow apply our limit where only it sees a size, such as in later frames of an animation; there it doubles it.
+
+    Args:
+        max_source_pixels: Most pixels of an image.
+    """
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+    Image.MAX_IMAGE_PIXELS = max_source_pixels
     try:
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def pillow_quiet() -> Iterator[None]:
+    """Keeps Pillow's warnings about odd files to itself: what cannot be used is in the ledger. Not for several threads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def is_missing(value: Any) -> bool:
@@ -182,6 +212,11 @@ def _decode_data_uri(uri: str) -> bytes:
 def _read_file(fs: Any, path: str, shown: str) -> bytes:
     try:
         if is_local(fs):
+            # Opening a pipe would wait for ever for somebody to write into it.
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise RowError(
+                    "image_unreadable", f"image path {shown!r} is no regular file; put one there", path=shown
+                )
             with open(path, "rb") as handle:
                 data = handle.read(MAX_IMAGE_FILE_BYTES + 1)
         else:
@@ -191,7 +226,9 @@ def _read_file(fs: Any, path: str, shown: str) -> bytes:
         raise RowError(
             "image_not_found", f"image file {shown!r} does not exist in the source's folder", path=shown
         ) from error
-    except (OSError, ValueError) as error:
+    except RowError:
+        raise
+    except _UNREADABLE as error:
         raise RowError("image_unreadable", f"image file {shown!r} cannot be read: {error}", path=shown) from error
     if len(data) > MAX_IMAGE_FILE_BYTES:
         raise RowError(
@@ -213,6 +250,8 @@ def open_image(data: bytes | Image.Image, max_source_pixels: int) -> Image.Image
             raise RowError("image_empty", "the image has no bytes")
         try:
             image = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
+        except _TOO_LARGE as error:
+            raise RowError("image_too_many_pixels", f"{error}: over max_source_pixels {max_source_pixels}") from error
         except UnidentifiedImageError as error:
             allowed = ", ".join(ALLOWED_FORMATS)
             raise RowError(
@@ -222,6 +261,20 @@ def open_image(data: bytes | Image.Image, max_source_pixels: int) -> Image.Image
             ) from error
         except DAMAGED as error:
             raise RowError("image_damaged", f"the image's header is damaged: {error}", size_bytes=len(data)) from error
+    check_size(image, max_source_pixels)
+    return image
+
+
+def check_size(image: Image.Image, max_source_pixels: int) -> None:
+    """Checks the size of an image, or of the frame that it stands at.
+
+    Args:
+        image: Need not be decoded.
+        max_source_pixels: Most pixels.
+
+    Raises:
+        RowError: It has none, too many, or is too narrow a strip.
+    """
     width, height = image.size
     if width < 1 or height < 1:
         raise RowError("image_empty", f"the image is {width} x {height} pixels", width=width, height=height)
@@ -233,7 +286,6 @@ def open_image(data: bytes | Image.Image, max_source_pixels: int) -> Image.Image
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         message = f"the image is {width} x {height}: one side is over {MAX_ASPECT_RATIO} times the other"
         raise RowError("image_aspect_ratio", message, width=width, height=height)
-    return image
 
 
 def upright_image(image: Image.Image) -> Image.Image:
@@ -247,6 +299,8 @@ def upright_image(image: Image.Image) -> Image.Image:
         if image.format != "JPEG" or not _JPEG_TURNED_BY.isdisjoint(image.info):
             ImageOps.exif_transpose(image, in_place=True)  # in place: the other way copies upright images as well
         return _opaque(image)
+    except _TOO_LARGE as error:
+        raise RowError("image_too_many_pixels", f"a part of the image is larger than may be: {error}") from error
     except DAMAGED as error:
         reason = "image_truncated" if "truncated" in str(error) or "EOF" in str(error) else "image_damaged"
         raise RowError(
@@ -271,10 +325,21 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scales deep grey values instead of clipping them at 255, as a plain convert() would."""
+    """Scales deep grey values instead of clipping them at 255, as a plain convert() would.
+
+    Raises:
+        RowError: If one of them is not a number, or infinite.
+    """
     values = np.asarray(image)
     if image.mode == "F":
-        values = np.nan_to_num(values.astype(np.float64))
+        num_not_finite = values.size - int(np.count_nonzero(np.isfinite(values)))
+        if num_not_finite:
+            raise RowError(
+                "image_not_finite",
+                f"{num_not_finite} of the image's {values.size} pixels are not-a-number or infinite; give them a value",
+                num_pixels=num_not_finite,
+            )
+        values = values.astype(np.float64)
         low, high = (
             (0.0, 1.0) if values.min() >= 0 and values.max() <= 1 else (float(values.min()), float(values.max()))
         )

@@ -6,8 +6,10 @@ Light imports only (fsspec and the standard library), because `--plan` needs thi
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import re
+import zipfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +62,10 @@ _SPLIT_OF_WORD = {
     "test": "test",
     "testing": "test",
 }
+# A snapshot in the Hub's cache; its first group is the repository's folder, which also holds the contents.
+_SNAPSHOT = re.compile(r"(.*/(?:datasets|models)--[^/]+)/snapshots/[0-9a-f]{40}/")
+# File systems whose content says where to read next, be it on this machine.
+_REFUSED_PROTOCOLS = ("reference",)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -102,6 +108,25 @@ class Location:
 def is_local(fs: Any) -> bool:
     """Whether paths of this file system can be opened by the operating system."""
     return isinstance(fs, LocalFileSystem)
+
+
+def leads_outside(path: str, root: str) -> bool:
+    """Whether symbolic links take a local path out of a folder.
+
+    The Hub's cache is one place in this sense: a snapshot's files are links into the folder of contents beside it.
+
+    Args:
+        path: Path below the folder; need not exist.
+        root: The folder.
+    """
+    try:
+        real, home = os.path.realpath(path), os.path.realpath(root)
+    except ValueError:
+        return False  # a name that no file can have leads nowhere
+    if real == home or real.startswith(home.rstrip("/") + "/"):
+        return False
+    snapshot = _SNAPSHOT.match(home + "/")
+    return snapshot is None or posixpath.dirname(real) != f"{snapshot[1]}/blobs"
 
 
 def split_from_name(name: str) -> str | None:
@@ -151,11 +176,22 @@ def open_exactly(path: str) -> tuple[Any, str]:
     Raises:
         DataError: If no such file system is known or its package is missing.
     """
+    for link in path.split("::"):
+        protocol = link.split("://", 1)[0].lower()
+        if protocol in _REFUSED_PROTOCOLS:
+            raise DataError(
+                f"data source {path!r}: {protocol}:// reads what its content names, be it on this machine; give the address of"
+                " the files themselves"
+            )
     try:
         fs, fs_path = fsspec.core.url_to_fs(path)
     except FileNotFoundError as error:
         raise DataError(f"data source {path!r} does not exist. Check data.sources.") from error
-    except (ValueError, ImportError) as error:
+    except zipfile.BadZipFile as error:
+        raise DataError(
+            f"data source {path!r} is no zip archive, or not a whole one: {error}. Fetch it again."
+        ) from error
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise DataError(
             f"data source {path!r}: {error}. Give a path or an address that fsspec knows (file, s3, gs, memory, zip, …), "
             "and install its package (for s3: pip install 'vision-finetune[s3]')."
@@ -303,7 +339,7 @@ def _saved_files(source: SourceConfig, fs: Any, names: dict[str, str]) -> list[D
     """Arrow shards of a `datasets` folder in the order that its state.json gives."""
     states = [name for name in names if posixpath.basename(name) == "state.json"]
     if "dataset_dict.json" in names:
-        splits = json.loads(fs.cat_file(names["dataset_dict.json"]))["splits"]
+        splits = _own_json(source, fs, names["dataset_dict.json"], "splits")
         states = [f"{split}/state.json" for split in splits]
     files = []
     for state_name in states:
@@ -312,13 +348,15 @@ def _saved_files(source: SourceConfig, fs: Any, names: dict[str, str]) -> list[D
                 f"the saved dataset {source.path!r} has no {state_name!r}: it was not written to the end. Save it again with save_to_disk."
             )
         folder = posixpath.dirname(state_name)
-        state = json.loads(fs.cat_file(names[state_name]))
-        if state.get("_indices_data_files"):
+        entries = _own_json(source, fs, names[state_name], "_data_files")
+        if _own_json(source, fs, names[state_name], "_indices_data_files", required=False):
             raise DataError(
                 f"the saved dataset {source.path!r} keeps an index mapping. Call flatten_indices() on it and save it again."
             )
-        for entry in state["_data_files"]:
-            name = posixpath.join(folder, entry["filename"])
+        for entry in entries:
+            name = posixpath.join(
+                folder, str(entry["filename"]) if isinstance(entry, dict) and "filename" in entry else "?"
+            )
             if name not in names:
                 raise DataError(
                     f"the saved dataset {source.path!r} lacks its file {name!r}. Save it again with save_to_disk."
@@ -329,3 +367,21 @@ def _saved_files(source: SourceConfig, fs: Any, names: dict[str, str]) -> list[D
             f"the folder {source.path!r} was not written by save_to_disk: it has no state.json. Check data.sources, or set another format."
         )
     return files
+
+
+def _own_json(source: SourceConfig, fs: Any, path: str, key: str, *, required: bool = True) -> list[Any]:
+    """A list that `datasets` wrote down."""
+    try:
+        content = json.loads(fs.cat_file(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"the saved dataset {source.path!r}: {posixpath.basename(path)} is no JSON ({error}). Save it again with save_to_disk."
+        ) from error
+    found = content.get(key) if isinstance(content, dict) else None
+    if found is None and not required:
+        return []
+    if not isinstance(found, list):
+        raise DataError(
+            f"the saved dataset {source.path!r}: {posixpath.basename(path)} has no list {key!r}. Save it again with save_to_disk."
+        )
+    return found

@@ -123,7 +123,30 @@ def map_row(row: Row, columns: Columns, data: DataConfig) -> MappedRow:
         metadata[REFERENCES] = references
     if messages[0]["role"] != "system" and data.system is not None:
         messages.insert(0, _text_turn("system", data.system))
-    return MappedRow(row_name(row, columns), _name(row.get(columns.group or "")), messages, images, metadata)
+    mapped = MappedRow(row_name(row, columns), _name(row.get(columns.group or "")), messages, images, metadata)
+    _check_characters(mapped)
+    return mapped
+
+
+def _check_characters(row: MappedRow) -> None:
+    """JSON can spell one half of a surrogate pair, which no file in UTF-8 can hold.
+
+    Raises:
+        RowError: If a text has one.
+    """
+    texts = [part["text"] for message in row.messages for part in message["content"] if part["type"] == "text"]
+    texts += [*row.metadata, row.id or "", row.group or ""]
+    for value in row.metadata.values():
+        texts += value if isinstance(value, list) else [value] if isinstance(value, str) else []
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                "bad_unicode",
+                f"the row has half a character, {text[error.start : error.end]!r}, behind {text[: error.start][-40:]!r}; mend its"
+                " encoding",
+            ) from error
 
 
 def row_name(row: Row, columns: Columns) -> str | None:
@@ -143,7 +166,7 @@ def _images(row: Row, columns: Columns) -> list[Any]:
             # How CSV files write lists.
             try:
                 value = json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise RowError(
                     "image_list", f"column {name!r} starts like a list but is not JSON: {error}", column=name
                 ) from error
@@ -171,7 +194,7 @@ def _references(value: Any) -> list[str]:
     if isinstance(value, str) and value.startswith("["):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = [value]
     return _listed(value if isinstance(value, list | tuple) else [value])
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vlm import progress
 from vlm.config.data import DataConfig
-from vlm.data.images import pillow_limit_off
+from vlm.data.images import pillow_limit, pillow_quiet
 from vlm.data.ledger import Ledger
 from vlm.data.mapping import resolve_columns
 from vlm.data.rows import Outcome, Sample
@@ -106,10 +106,11 @@ def prepare_dataset(
     Raises:
         DataError: If a source or column is missing, too many rows had to be dropped, or a required split is empty.
     """
-    streams = open_streams(data.sources)
+    streams = open_streams(data.sources, follow_links=data.follow_links)
     output_dir = Path(output_dir)
     with ExitStack() as stack:
-        stack.enter_context(pillow_limit_off())
+        stack.enter_context(pillow_limit(data.max_source_pixels))
+        stack.enter_context(pillow_quiet())
         stack.enter_context(_old_objects_left_alone())
         ledger = stack.enter_context(Ledger(output_dir / "ledger.jsonl"))
         writers = {split: stack.enter_context(SplitWriter(output_dir / split)) for split in SPLITS}
@@ -245,6 +246,7 @@ class _Sink:
             return
         sample = outcome.sample
         own_name = sample.id if sample.id is not None else f"{stream.label}#{job.row_number}"
+        own_name = own_name.encode("utf-8", "backslashreplace").decode()  # file names need not be UTF-8
         name = self._names.claim(own_name, f"{job.row_number}")
         if name != own_name:
             write(

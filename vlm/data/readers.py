@@ -9,6 +9,8 @@ import csv
 import io
 import itertools
 import json
+import lzma
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.spec import AbstractBufferedFile
 
 from vlm.data.locations import is_local
 from vlm.data.rows import Row, UnreadableRow
@@ -25,7 +28,15 @@ BATCH_SIZE_BYTES = 4 << 20
 _MAX_ROWS_PER_BATCH = 1024
 _READ_BUFFER_BYTES = 1 << 20
 _CSV_FIELD_LIMIT = 1 << 26
+# Room for an image of the largest size in base64. A compressed file of a few megabytes can hold a longer one.
+MAX_LINE_BYTES = 1 << 30
+# What rows may take together where one stored value can stand in many of them.
+_MAX_REPEATED_BYTES = 2 << 30
 _PEEKED_ROWS = 50
+
+
+# What archives and compressed files raise where they are damaged, encrypted or packed in an unknown way; and file systems.
+UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
 def read_rows(fs: Any, path: str, file_format: str) -> Iterator[Row | UnreadableRow]:
@@ -48,11 +59,13 @@ def read_rows(fs: Any, path: str, file_format: str) -> Iterator[Row | Unreadable
 def _named_errors(path: str, file_format: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, zlib.error, EOFError, csv.Error, UnicodeError) as error:
+    except DataError:
+        raise
+    except (pa.ArrowException, *UNREADABLE, csv.Error, OverflowError, RecursionError) as error:
         remedy = (
             "Save it as UTF-8."
             if isinstance(error, UnicodeError)
-            else "It may be cut short or damaged: fetch or write it again."
+            else "It may be cut short, damaged, or hold values that Python has no type for: fetch or write it again."
         )
         raise DataError(f"{path!r} cannot be read as {file_format}: {error}. {remedy}") from error
 
@@ -72,7 +85,7 @@ def columns_of(fs: Any, path: str, file_format: str) -> list[str]:
                 return list(_ipc_reader(handle).schema.names)
         if file_format == "csv":
             with _text_input(fs, path) as text:
-                return next(csv.reader(text, delimiter=_delimiter(path)), [])
+                return next(csv.reader(_bounded_lines(text), delimiter=_delimiter(path)), [])
         names: dict[str, None] = {}
         for row in itertools.islice(_jsonl_rows(fs, path), _PEEKED_ROWS):
             if isinstance(row, dict):
@@ -101,7 +114,9 @@ def _parquet_rows(fs: Any, path: str) -> Iterator[Row]:
             info = file.metadata.row_group(group)
             if info.num_rows == 0:
                 continue
-            batch_rows = _rows_per_batch(info.total_byte_size, info.num_rows)
+            # A value of a dictionary may stand in every row. (What single columns say of themselves is not asked for: where
+            # that is damaged, pyarrow ends the process.)
+            batch_rows = _rows_per_batch(info.total_byte_size, info.num_rows, info.total_byte_size)
             for batch in file.iter_batches(batch_size=batch_rows, row_groups=[group], use_threads=False):
                 yield from _with_labels(batch, labels)
 
@@ -121,13 +136,28 @@ def _arrow_rows(fs: Any, path: str) -> Iterator[Row]:
         for batch in batches:
             if batch.num_rows == 0:
                 continue
-            step = _rows_per_batch(batch.nbytes, batch.num_rows)
+            # A file may say that a value starts anywhere in memory.
+            batch.validate(full=True)
+            repeated = batch.nbytes if any(_repeats(field.type) for field in batch.schema) else 0
+            step = _rows_per_batch(batch.nbytes, batch.num_rows, repeated)
             for start in range(0, batch.num_rows, step):
                 yield from _with_labels(batch.slice(start, step), labels)
 
 
-def _rows_per_batch(size_bytes: int, num_rows: int) -> int:
-    return max(1, min(_MAX_ROWS_PER_BATCH, BATCH_SIZE_BYTES * num_rows // max(1, size_bytes)))
+def _rows_per_batch(size_bytes: int, num_rows: int, repeated_bytes: int) -> int:
+    """Rows whose values fit into a batch by their average, and into memory should each hold what is stored but once."""
+    by_average = BATCH_SIZE_BYTES * num_rows // max(1, size_bytes)
+    return max(1, min(_MAX_ROWS_PER_BATCH, by_average, _MAX_REPEATED_BYTES // max(1, repeated_bytes)))
+
+
+def _repeats(kind: Any) -> bool:
+    """Whether values of an Arrow type may share what they are stored as."""
+    types = pa.types
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind) or types.is_string_view(kind):
+        return True
+    if types.is_binary_view(kind) or types.is_list_view(kind) or types.is_large_list_view(kind):
+        return True
+    return any(_repeats(kind.field(index).type) for index in range(kind.num_fields))
 
 
 def _label_names(schema: Any) -> dict[str, list[str]]:
@@ -135,27 +165,38 @@ def _label_names(schema: Any) -> dict[str, list[str]]:
     packed = (schema.metadata or {}).get(b"huggingface")
     if packed is None:
         return {}
-    features = json.loads(packed).get("info", {}).get("features", {})
-    return {
-        name: feature["names"]
-        for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
-    }
+    try:
+        features = dict(json.loads(packed).get("info", {}).get("features", {}))
+        return {
+            name: [str(label) for label in feature["names"]]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names")
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"the features that 'datasets' keeps in a schema's metadata are damaged ({error}); write the file again"
+        ) from error
 
 
 def _with_labels(batch: Any, labels: dict[str, list[str]]) -> Iterator[Row]:
     for row in batch.to_pylist():
         for name, names in labels.items():
             value = row.get(name)
-            if isinstance(value, int) and 0 <= value < len(names):
+            if type(value) is int and 0 <= value < len(names):
                 row[name] = names[value]
         yield row
 
 
 def _jsonl_rows(fs: Any, path: str) -> Iterator[Row | UnreadableRow]:
-    with fs.open(path, "rb", compression="infer") as lines:
+    with _opened(fs, path) as lines:
         first = True
-        for line in lines:
+        while line := lines.readline(MAX_LINE_BYTES):
+            if len(line) >= MAX_LINE_BYTES and not line.endswith(b"\n"):
+                _skip_line(lines)
+                yield UnreadableRow(
+                    "row_too_large", f"this line is over {MAX_LINE_BYTES >> 20} MiB; keep images in files of their own"
+                )
+                continue
             stripped = line.removeprefix(b"\xef\xbb\xbf").strip()
             if not stripped:
                 continue
@@ -177,9 +218,31 @@ def _jsonl_rows(fs: Any, path: str) -> Iterator[Row | UnreadableRow]:
 
 
 @contextmanager
+def _opened(fs: Any, path: str) -> Iterator[Any]:
+    """A file that gives lines of at most a length, which remote ones do not by themselves."""
+    with fs.open(path, "rb", compression="infer") as raw:
+        yield io.BufferedReader(raw) if isinstance(raw, AbstractBufferedFile) else raw
+
+
+def _skip_line(lines: Any) -> None:
+    while piece := lines.readline(_READ_BUFFER_BYTES):
+        if piece.endswith(b"\n"):
+            return
+
+
+def _bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    while line := text.readline(MAX_LINE_BYTES):
+        if len(line) >= MAX_LINE_BYTES and not line.endswith("\n"):
+            raise DataError(
+                f"the file has a line of over {MAX_LINE_BYTES >> 20} MiB; keep images in files of their own, or save as parquet"
+            )
+        yield line
+
+
+@contextmanager
 def _text_input(fs: Any, path: str) -> Iterator[io.TextIOWrapper]:
     with (
-        fs.open(path, "rb", compression="infer") as raw,
+        _opened(fs, path) as raw,
         io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text,
     ):
         yield text
@@ -193,7 +256,7 @@ def _csv_rows(fs: Any, path: str) -> Iterator[Row | UnreadableRow]:
     # The limit is process-wide, so it is only ever raised; ready conversations exceed the default of 128 KiB.
     csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_LIMIT))
     with _text_input(fs, path) as text:
-        reader = csv.reader(text, delimiter=_delimiter(path))
+        reader = csv.reader(_bounded_lines(text), delimiter=_delimiter(path))
         header = next(reader, [])
         for cells in reader:
             if not cells:

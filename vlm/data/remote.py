@@ -11,6 +11,7 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -18,6 +19,14 @@ from typing import Any
 from vlm.data.rows import RowError
 
 TIMEOUT_SECONDS = 30
+# A server that sends a byte now and then keeps within the time-out of every single one.
+MAX_SECONDS = 300
+_CHUNK_BYTES = 1 << 20
+# Where gateways translate to the IPv4 address that is the last 32 bits.
+_TRANSLATED = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
+# Of protocols rather than hosts, though some clouds have their metadata there.
+_PROTOCOLS = ipaddress.IPv4Network("192.0.0.0/24")
+_IPV6_INTERNET = ipaddress.IPv6Network("2000::/3")
 _OBJECT_STORES = frozenset(["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"])
 
 
@@ -43,7 +52,7 @@ def fetch_remote(url: str, max_bytes: int) -> bytes:
             with _opener().open(
                 urllib.request.Request(url, headers={"User-Agent": "vision-finetune"}), timeout=TIMEOUT_SECONDS
             ) as response:
-                data = response.read(max_bytes + 1)
+                data = _read(response, url, max_bytes)
         else:
             import fsspec
 
@@ -64,12 +73,41 @@ def fetch_remote(url: str, max_bytes: int) -> bytes:
     return bytes(data)
 
 
+def _read(response: Any, url: str, max_bytes: int) -> bytes:
+    """The body, up to one byte more than may be.
+
+    Raises:
+        RowError: If it takes too long.
+    """
+    deadline = time.monotonic() + MAX_SECONDS
+    pieces: list[bytes] = []
+    left = max_bytes + 1
+    while left > 0 and (piece := response.read1(min(left, _CHUNK_BYTES))):
+        pieces.append(piece)
+        left -= len(piece)
+        if time.monotonic() > deadline:
+            raise RowError(
+                "image_unreachable", f"image address {url[:200]!r} takes over {MAX_SECONDS} seconds", url=url[:200]
+            )
+    return b"".join(pieces)
+
+
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet."""
+    """Whether an IP address belongs to the public internet, and so does an IPv4 address inside an IPv6 one."""
     ip = ipaddress.ip_address(address)
-    mapped = getattr(ip, "ipv4_mapped", None)
-    ip = mapped if mapped is not None else ip
-    return ip.is_global and not ip.is_multicast
+    if isinstance(ip, ipaddress.IPv4Address):
+        return _is_public_v4(ip)
+    inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+    if any(ip in network for network in _TRANSLATED):
+        inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF))
+    found = [each for each in inner if each is not None]
+    if not all(_is_public_v4(each) for each in found):
+        return False
+    return bool(found) or (ip.is_global and ip in _IPV6_INTERNET)
+
+
+def _is_public_v4(ip: ipaddress.IPv4Address) -> bool:
+    return ip.is_global and not ip.is_multicast and ip not in _PROTOCOLS
 
 
 def _connect(host: str, port: int, timeout: float) -> socket.socket:

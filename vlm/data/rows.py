@@ -8,12 +8,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from vlm.families.video import Video
+from vlm.redaction import without_secrets
 
 Row = dict[str, Any]
 
 
 class RowError(Exception):
-    """One row cannot be used: it is dropped, and the ledger says why.
+    """One row cannot be used: it is dropped, and the ledger says why, without passwords and tokens of addresses.
 
     Attributes:
         reason: Short name that equal cases share, such as ``"image_truncated"``.
@@ -22,6 +23,8 @@ class RowError(Exception):
     """
 
     def __init__(self, reason: str, message: str, **details: Any) -> None:
+        message = without_secrets(message)
+        details = {name: without_secrets(value) if isinstance(value, str) else value for name, value in details.items()}
         super().__init__(reason, message, details)
         self.reason = reason
         self.message = message

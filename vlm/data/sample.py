@@ -16,18 +16,23 @@ from vlm.data.images import ImageFolder, load_image_bytes, open_image, upright_i
 from vlm.data.mapping import Columns, map_row, row_name
 from vlm.data.rows import MappedRow, Note, Outcome, Row, RowError, Sample, UnreadableRow
 from vlm.data.video import (
+    MAX_IMAGES_OF_ROW,
     Medium,
     MediumSize,
     VideoReference,
+    check_total,
     frames_as_images,
     load_video,
     resize,
     target_size,
 )
+from vlm.errors import ModelError
 from vlm.families.video import Video
 
 # Below this an image shows nothing that can be read, so shrinking further would only hide that the row does not fit.
 SMALLEST_SHRUNK_PIXELS = 56 * 56
+# Characters; no vocabulary has a longer one. Tokenising hundreds of megabytes, to find them too long, takes gigabytes.
+_LONGEST_TOKEN = 1024
 # Decoded pixels that wait together for the next stage, beside the row that goes over it.
 _PIXELS_AT_A_TIME = 1 << 20
 
@@ -145,7 +150,11 @@ class SampleMaker:
         try:
             row_id = row_name(job.row, job.columns)
             mapped = map_row(job.row, job.columns, self._data)
-            media = [self._medium(reference, job.folder) for reference in mapped.images]
+            media: list[Medium] = []
+            pixels_left = MAX_IMAGES_OF_ROW * self._data.max_source_pixels
+            for reference in mapped.images:
+                media.append(self._medium(reference, job.folder, pixels_left))
+                pixels_left -= media[-1].width * media[-1].height * len(media[-1].frames)
             if self._data.video_as_images and any(medium.frames_per_second is not None for medium in media):
                 messages, media = frames_as_images(mapped.messages, media)
                 mapped = replace(mapped, messages=messages)
@@ -153,10 +162,12 @@ class SampleMaker:
         except RowError as error:
             return Outcome(id=row_id, error=error)
 
-    def _medium(self, reference: Any, folder: ImageFolder | None) -> Medium:
+    def _medium(self, reference: Any, folder: ImageFolder | None, pixels_left: int) -> Medium:
         load = partial(load_image_bytes, folder=folder, allow_urls=self._data.allow_urls)
         if not isinstance(reference, VideoReference):
-            return Medium([upright_image(open_image(load(reference), self._data.max_source_pixels))])
+            image = open_image(load(reference), self._data.max_source_pixels)
+            check_total(pixels_left - image.width * image.height)
+            return Medium([upright_image(image)])
         problem = self._processing.video_problem
         if problem is not None and not self._data.video_as_images:
             raise RowError(
@@ -169,6 +180,7 @@ class SampleMaker:
             max_frames=self._data.max_video_frames,
             max_source_pixels=self._data.max_source_pixels,
             max_pixels=self._data.max_video_pixels,
+            max_total_pixels=pixels_left,
         )
 
     def _finish(self, waiting: list[tuple[int, _Opened]], outcomes: list[Outcome | None]) -> None:
@@ -250,8 +262,18 @@ class SampleMaker:
     def _fit(self, messages: list[dict[str, Any]], media: list[Medium], sizes: list[MediumSize]) -> _Fitted:
         """The conversation with its images at these sizes: coordinates that fit them, and exact tokens."""
         written, num_clipped = self._boxes(messages, _resized(media, sizes))
+        length = sum(len(part.get("text", "")) for message in written for part in message["content"])
+        if self.limit_tokens is not None and length > _LONGEST_TOKEN * self.limit_tokens:
+            raise RowError(
+                "too_long",
+                f"the conversation has {length} characters, which cannot be {self.limit_tokens} tokens or fewer",
+                limit_tokens=self.limit_tokens,
+                num_characters=length,
+            )
         try:
             encoded = self._processing.encode(written, sizes)
+        except ModelError:
+            raise  # not this row's fault
         except ValueError as error:
             raise RowError("not_encodable", f"the conversation cannot be turned into tokens: {error}") from error
         return _Fitted(sizes, written, encoded, num_clipped)

@@ -40,16 +40,22 @@ class RowStream:
     num_rows: int | None = None
 
 
-def open_streams(sources: tuple[SourceConfig, ...]) -> list[RowStream]:
+def open_streams(sources: tuple[SourceConfig, ...], *, follow_links: bool = False) -> list[RowStream]:
     """Resolves every source, reads column names, and decides which names count as splits. Reads no row.
 
     Names give splits only if, with the explicit ones, they tell at least two apart: a dataset of nothing but ``train.parquet``
     is divided by hash.
 
+    Args:
+        sources: Where rows come from.
+        follow_links: Whether symbolic links to images may leave a source's folder.
+
     Raises:
         DataError: If a source is missing or unreadable.
     """
-    streams = [stream for index, source in enumerate(sources) for stream in _open(source, index, len(sources))]
+    streams = [
+        stream for index, source in enumerate(sources) for stream in _open(source, index, len(sources), follow_links)
+    ]
     explicit = [source.split for source in sources]
     named = {explicit[stream.source] or stream.split for stream in streams} - {None}
     trusts_names = len(named) > 1
@@ -58,7 +64,7 @@ def open_streams(sources: tuple[SourceConfig, ...]) -> list[RowStream]:
     ]
 
 
-def _open(source: SourceConfig, index: int, num_sources: int) -> Iterator[RowStream]:
+def _open(source: SourceConfig, index: int, num_sources: int, follow_links: bool) -> Iterator[RowStream]:
     prefix = "" if num_sources == 1 else f"sources[{index}]/"
     location = resolve(source)
     if location.format == "builtin":
@@ -82,7 +88,10 @@ def _open(source: SourceConfig, index: int, num_sources: int) -> Iterator[RowStr
             )
     else:
         for file in location.files:
-            yield _file_stream(source, index, location, file, prefix)
+            stream = _file_stream(source, index, location, file, prefix)
+            folder = stream.folder
+            assert folder is not None
+            yield replace(stream, folder=replace(folder, follow_links=follow_links))
 
 
 def _file_stream(source: SourceConfig, index: int, location: Location, file: DataFile, prefix: str) -> RowStream:
@@ -92,6 +101,13 @@ def _file_stream(source: SourceConfig, index: int, location: Location, file: Dat
     if not columns:
         raise DataError(
             f"{file.path!r} has no columns: it is empty or not {file.format}. Remove it from data.sources, or set the source's format."
+        )
+    twice = (
+        next((name for name in columns if columns.count(name) > 1), None) if len(set(columns)) < len(columns) else None
+    )
+    if twice is not None:
+        raise DataError(
+            f"{file.path!r} has two columns named {twice!r}, of which one would be lost; rename one of them."
         )
     rows: Callable[[], Iterator[Any]] = partial(readers.read_rows, location.fs, file.path, file.format)
     if location.format == "imagefolder":

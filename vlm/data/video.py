@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from vlm.data.images import DAMAGED, open_image, upright_image
+from vlm.data.images import DAMAGED, check_size, open_image, upright_image
 from vlm.data.locations import IMAGE_SUFFIXES
 from vlm.data.rows import RowError
 from vlm.families.video import Video
@@ -24,6 +24,9 @@ from vlm.families.video import Video
 MediumSize = tuple[int, ...]
 # Of frames without a clock, such as a list of images: what Qwen's own tools assume.
 DEFAULT_FRAMES_PER_SECOND = 2.0
+# A row's images may have so many times `max_source_pixels` together, and an animation's frames, decoded one by one, so many.
+MAX_IMAGES_OF_ROW = 8
+_MAX_DECODED = 100
 _FILMS = frozenset([".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv"])
 
 
@@ -101,6 +104,7 @@ def load_video(
     max_frames: int,
     max_source_pixels: int,
     max_pixels: int | None,
+    max_total_pixels: int,
 ) -> Medium:
     """Decodes a video's frames.
 
@@ -111,6 +115,7 @@ def load_video(
         max_frames: Most frames to take.
         max_source_pixels: Frames with more pixels than this are not decoded.
         max_pixels: Goes into the result.
+        max_total_pixels: Most pixels of the frames that are taken, together.
 
     Raises:
         RowError: There is no frame, one cannot be used, or they differ in size.
@@ -130,10 +135,15 @@ def load_video(
     if isinstance(value, list | tuple):
         own_rate, count = None, len(value)
         chosen = chosen_frames(count, max_frames)
-        frames = [upright_image(open_image(load(value[number]), max_source_pixels)) for number in chosen]
+        frames = []
+        for number in chosen:
+            image = open_image(load(value[number]), max_source_pixels)
+            max_total_pixels -= image.width * image.height
+            check_total(max_total_pixels)
+            frames.append(upright_image(image))
     else:
         image = open_image(load(value), max_source_pixels)
-        own_rate, count, frames = _animation(image, max_frames)
+        own_rate, count, frames = _animation(image, max_frames, max_source_pixels, max_total_pixels)
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) > 1:
         raise RowError(
@@ -147,18 +157,50 @@ def load_video(
     return Medium(frames, rate / spacing, max_pixels)
 
 
-def _animation(image: Image.Image, max_frames: int) -> tuple[float | None, int, list[Image.Image]]:
+def check_total(pixels_left: int) -> None:
+    """Checks that the images of a row, decoded, fit into memory together.
+
+    Args:
+        pixels_left: What may still be decoded of them.
+
+    Raises:
+        RowError: It is less than nothing.
+    """
+    if pixels_left < 0:
+        raise RowError(
+            "images_too_many_pixels",
+            f"the row's images and frames have {-pixels_left} pixels more, together, than {MAX_IMAGES_OF_ROW} of"
+            " data.max_source_pixels; divide the row, or raise that",
+        )
+
+
+def _animation(
+    image: Image.Image, max_frames: int, max_source_pixels: int, max_total_pixels: int
+) -> tuple[float | None, int, list[Image.Image]]:
     """Frames per second of the file (None if it does not say), its number of frames, and those that are taken."""
     try:
         count = int(getattr(image, "n_frames", 1))
         chosen = set(chosen_frames(count, max_frames))
-        frames, milliseconds = [], 0.0
+        frames, milliseconds, num_decoded = [], 0.0, 0
         for number in range(count):
             image.seek(number)
+            check_size(image, max_source_pixels)  # the header at the file's start spoke of the first frame alone
+            num_decoded += image.width * image.height
+            if num_decoded > _MAX_DECODED * max_source_pixels:
+                raise RowError(
+                    "video_too_many_pixels",
+                    f"the {count} frames of a video have over {_MAX_DECODED} times max_source_pixels {max_source_pixels}"
+                    " together; take fewer frames out beforehand",
+                )
+            if number in chosen:
+                max_total_pixels -= image.width * image.height
+                check_total(max_total_pixels)
             image.load()  # WebP tells a frame's duration only now
             milliseconds += float(image.info.get("duration") or 0)
             if number in chosen:
                 frames.append(upright_image(image.copy()))
+    except Image.DecompressionBombError as error:
+        raise RowError("image_too_many_pixels", f"a frame of a video is larger than may be: {error}") from error
     except DAMAGED as error:
         raise RowError("image_damaged", f"an animated file cannot be decoded: {error}") from error
     return (1000 * count / milliseconds if milliseconds > 0 else None), count, frames
@@ -170,7 +212,7 @@ def _is_image(name: str) -> bool:
 
 def _by_number(name: str) -> list[tuple[int, str]]:
     """Sorts ``frame_10`` behind ``frame_9``."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", name)]
 
 
 def frames_as_images(

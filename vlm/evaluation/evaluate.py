@@ -1,4 +1,4 @@
-"""Scores predictions: ``metrics.json`` for the corpus and ``rows.jsonl`` for every row.
+"""Scores predictions: ``metrics.json`` for the corpus, ``rows.jsonl`` for every row, ``figures.json`` for cards.
 
 ``metrics.json``::
 
@@ -12,6 +12,9 @@
      "worst_rows": ["row-17", ...]}
 
 The difference is tuned minus base, on the same resampled rows. The first metric leads: by it, the worst rows are found.
+
+``figures.json`` has of this ``split``, ``num_rows``, ``confidence`` and of each metric ``title``, ``better``, ``tuned`` and
+``base``, and nothing that a change of slices or failure kinds would change.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from vlm.summary import Summary
 
 METRICS_FILE = "metrics.json"
 ROWS_FILE = "rows.jsonl"
+FIGURES_FILE = "figures.json"
 MODELS = ("tuned", "base")
 NUM_WORST_ROWS = 50
 
@@ -58,7 +62,11 @@ class MetricsSummary(Summary):
 
 
 def evaluate_predictions(
-    tuned_dir: Path, base_dir: Path | None, evaluation: EvaluationConfig, output_dir: Path
+    tuned_dir: Path,
+    base_dir: Path | None,
+    evaluation: EvaluationConfig,
+    output_dir: Path,
+    figures_dir: Path | None = None,
 ) -> MetricsSummary:
     """Scores the tuned model's answers, and the base model's beside them.
 
@@ -66,7 +74,8 @@ def evaluate_predictions(
         tuned_dir: Predictions with the adapter.
         base_dir: Predictions of the base model on the same rows, or None.
         evaluation: Metrics and normalisation.
-        output_dir: An existing folder that receives both files.
+        output_dir: Receives ``metrics.json`` and ``rows.jsonl``.
+        figures_dir: Receives ``figures.json``, if wanted.
 
     Returns:
         The corpus values.
@@ -147,12 +156,27 @@ def evaluate_predictions(
     with (output_dir / ROWS_FILE).open("w", encoding="utf-8", newline="\n") as handle:
         for line in lines:
             handle.write(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n")
+    if figures_dir is not None:
+        figures_dir.mkdir(parents=True, exist_ok=True)
+        (figures_dir / FIGURES_FILE).write_text(
+            json.dumps(_of_a_card(document), indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
+        )
     return MetricsSummary(
         split=summary.split,
         num_rows=len(tuned_rows),
         tuned={name: entry["tuned"]["value"] for name, entry in metrics.items()},
         base=None if base_rows is None else {name: entry["base"]["value"] for name, entry in metrics.items()},
     )
+
+
+def _of_a_card(document: dict[str, Any]) -> dict[str, Any]:
+    shown = ("title", "better", "tuned", "base")
+    return {
+        "split": document["split"],
+        "num_rows": document["num_rows"],
+        "confidence": document["interval"]["confidence"],
+        "metrics": {name: {key: entry[key] for key in shown} for name, entry in document["metrics"].items()},
+    }
 
 
 def _clusters(groups: Sequence[str | None]) -> tuple[npt.NDArray[np.int64], str]:

@@ -10,11 +10,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from vlm.evaluation.languages import is_wrong_language
 from vlm.evaluation.metrics.metric import Clean
 from vlm.evaluation.metrics.records import parse_json
 from vlm.evaluation.predictions import Prediction
 
-FailureKind = Literal["empty", "truncated", "repetition", "wrong_case", "wrong_script", "not_json"]
+FailureKind = Literal["empty", "truncated", "repetition", "wrong_case", "wrong_script", "wrong_language", "not_json"]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
 # A passage counts as repeated when it stands there so many times without a break, over so many characters.
@@ -32,8 +33,9 @@ def failure_kinds(row: Prediction, clean: Clean) -> list[FailureKind]:
     - ``truncated``: cut at the length limit.
     - ``repetition``: a passage over and over, much longer than any such run in the references.
     - ``wrong_case``: right but for letter case.
-    - ``wrong_script``: most letters are of a writing system that no reference uses. Languages that share one are not
-      told apart.
+    - ``wrong_script``: most letters are of a writing system that no reference uses.
+    - ``wrong_language``: sentences in a language of the Latin alphabet in which no reference is, where that can be told
+      for sure (`vlm.evaluation.languages.is_wrong_language`).
     - ``not_json``: JSON was expected and something else came.
 
     Args:
@@ -52,6 +54,7 @@ def failure_kinds(row: Prediction, clean: Clean) -> list[FailureKind]:
         "repetition": loop > 2 * max(map(repeated_characters, row.references)),
         "wrong_case": not right and answer.casefold() in {reference.casefold() for reference in references},
         "wrong_script": _is_wrong_script(answer, references),
+        "wrong_language": not right and is_wrong_language(row.prediction, row.references),
         "not_json": any(map(_is_json_structure, row.references)) and not _is_json_structure(row.prediction),
     }
     return [kind for kind in FAILURE_KINDS if found[kind]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlm.errors import DataError, near_names
+from vlm.errors import DataError, near_names, shown
 from vlm.evaluation.predictions import Prediction, PredictionsSummary, write_predictions
 from vlm.evaluation.subject import Subject, prediction_lines
 
@@ -63,16 +63,20 @@ def _by_id(subject: Subject) -> dict[str, tuple[int, dict[str, Any]]]:
 def _own(number: int, row: dict[str, Any], subject: Subject) -> Prediction:
     if not isinstance(row.get("target"), str):
         raise DataError(
-            f"{subject.name} line {number} has {row.get('target')!r} as its target; add the expected text, or set"
+            f"{subject.name} line {number} has {shown(row.get('target'))} as its target; add the expected text, or set"
             " subject.targets to 'dataset'"
         )
-    group = row.get("group")
+    group, metadata = row.get("group"), row.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise DataError(
+            f"{subject.name} line {number} has metadata {shown(metadata)}; write an object, or leave it out"
+        )
     return Prediction(
         id=str(row["id"]),
         group=None if group is None else str(group),
         prompt=str(row.get("prompt", "")),
         target=row["target"],
-        metadata=dict(row.get("metadata") or {}),
+        metadata=metadata,
         **_answer(number, row, subject),
     )
 
@@ -83,9 +87,14 @@ def _answer(number: int, row: dict[str, Any], subject: Subject) -> dict[str, Any
         raise DataError(
             f"{subject.name} line {number} has finish_reason {reason!r}; write 'stop', or 'length' for an answer that was cut"
         )
+    num_new_tokens = row.get("num_new_tokens", 0)
+    if type(num_new_tokens) is not int or not 0 <= num_new_tokens < 2**63:
+        raise DataError(
+            f"{subject.name} line {number} has num_new_tokens {shown(num_new_tokens)}; write a whole number, or leave it out"
+        )
     return {
         "prediction": row["prediction"],
-        "num_new_tokens": int(row.get("num_new_tokens", 0)),
+        "num_new_tokens": num_new_tokens,
         "finish_reason": reason,
     }
 

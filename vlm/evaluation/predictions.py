@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,3 +117,35 @@ def read_predictions(predictions_dir: Path) -> tuple[PredictionsSummary, list[Pr
             " the file was cut short: generate the predictions again"
         )
     return summary, rows
+
+
+def write_common_rows(first_dir: Path, second_dir: Path, first_out: Path, second_out: Path) -> int:
+    """Keeps of two folders the rows that both answered: those with the same id and the same expected answer.
+
+    Args:
+        first_dir: The folder of a predictions artifact, whose order of rows is kept.
+        second_dir: Another one.
+        first_out: An existing folder that receives the first one's answers to these rows.
+        second_out: The same for the second one.
+
+    Returns:
+        The number of rows that both answered.
+
+    Raises:
+        DataError: A file is missing or cut short.
+    """
+    (first, first_rows), (second, second_rows) = read_predictions(first_dir), read_predictions(second_dir)
+    theirs = {(row.id, row.target): row for row in second_rows}
+    pairs = [(row, theirs[row.id, row.target]) for row in first_rows if (row.id, row.target) in theirs]
+    for summary, rows, folder in (
+        (first, [pair[0] for pair in pairs], first_out),
+        (second, [pair[1] for pair in pairs], second_out),
+    ):
+        kept = replace(
+            summary,
+            num_rows=len(rows),
+            num_new_tokens=sum(row.num_new_tokens for row in rows),
+            num_finished=sum(row.finish_reason == "stop" for row in rows),
+        )
+        write_predictions(rows, kept, folder)
+    return len(pairs)

@@ -39,11 +39,20 @@ def read_report(page: Path) -> tuple[dict[str, Any], str | None]:
         DataError: The page is none of ours.
     """
     reader = _DataBlock()
-    reader.feed(page.read_text(encoding="utf-8"))
+    try:
+        reader.feed(page.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{page} is no page in UTF-8 ({error}); give a report.html that the pipeline wrote") from error
     if not reader.text:
         raise DataError(f"{page} holds no metrics; give a report.html that the pipeline wrote")
-    data = json.loads(reader.text)
-    return data["metrics"], data["provenance"].get("metrics")
+    try:
+        data = json.loads(reader.text)
+        metrics, digest = dict(data["metrics"]), data["provenance"].get("metrics")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"the metrics inside {page} are not what the pipeline writes ({error!r}); give a report.html as it was"
+        ) from error
+    return metrics, None if digest is None else str(digest)
 
 
 class _DataBlock(html.parser.HTMLParser):

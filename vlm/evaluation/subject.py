@@ -13,7 +13,7 @@ from typing import Any
 from vlm.config.evaluate import SubjectConfig, SubjectKind
 from vlm.data.locations import is_local, open_exactly
 from vlm.data.stat_cache import StatCache, local_stamp, remote_stamp
-from vlm.errors import DataError, LoraError, ModelError
+from vlm.errors import DataError, LoraError, ModelError, shown
 from vlm.evaluation.predictions import ROWS_FILE
 
 # As vlm.lora writes them; named here again because that package loads torch.
@@ -136,7 +136,7 @@ def prediction_lines(subject: Subject) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path} line {number} is no JSON ({error}); write one JSON object per line") from error
             if not isinstance(row, dict):
                 raise DataError(
@@ -147,7 +147,7 @@ def prediction_lines(subject: Subject) -> Iterator[tuple[int, dict[str, Any]]]:
                     raise DataError(f"{path} line {number} has no {field!r}, only {', '.join(sorted(row))}; add it")
             if not isinstance(row["prediction"], str):
                 raise DataError(
-                    f'{path} line {number} has {row["prediction"]!r} as its prediction; it must be text, "" where there is none'
+                    f'{path} line {number} has {shown(row["prediction"])} as its prediction; it must be text, "" where there is none'
                 )
             yield number, row
 
@@ -167,7 +167,12 @@ def _kind_of(found: dict[str, str], *, is_file: bool) -> SubjectKind | None:
 def _adapter(config: SubjectConfig, name: str, fs: Any, found: dict[str, str]) -> Subject:
     full: tuple[str, ...] = ()
     if ADAPTER_TARGETS in found:
-        full = tuple(json.loads(fs.cat_file(found[ADAPTER_TARGETS])).get("full_finetuning", ()))
+        try:
+            full = tuple(json.loads(fs.cat_file(found[ADAPTER_TARGETS])).get("full_finetuning", ()))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise LoraError(
+                f"subject.path {config.path!r}: {ADAPTER_TARGETS} is not what training writes ({error}); give the folder as it was"
+            ) from error
     needed = (ADAPTER_WEIGHTS,) if full else (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
     missing = [needed_name for needed_name in needed if needed_name not in found]
     if missing:

@@ -15,7 +15,7 @@ from vlm.lora.peft_model import CONFIG_FILE, TARGETS_FILE, WEIGHTS_FILE
 
 
 def export_lora(
-    checkpoint_dir: Path, adapter_dir: Path, output_dir: Path, *, metrics: Mapping[str, Any] | None = None
+    checkpoint_dir: Path, adapter_dir: Path, output_dir: Path, *, figures: Mapping[str, Any] | None = None
 ) -> int:
     """Writes the adapter's files, the processor's files and ``README.md`` into one folder.
 
@@ -23,7 +23,7 @@ def export_lora(
         checkpoint_dir: Base model, for its processor.
         adapter_dir: Trained adapter.
         output_dir: An existing folder.
-        metrics: Content of ``metrics.json`` for the card, if wanted.
+        figures: Content of ``figures.json`` for the card, if wanted.
 
     Returns:
         Number of adapted modules.
@@ -42,7 +42,7 @@ def export_lora(
     for name in (CONFIG_FILE, WEIGHTS_FILE, TARGETS_FILE):
         shutil.copyfile(adapter_dir / name, output_dir / name)
     checkpoint = json.loads((checkpoint_dir / "checkpoint.json").read_text(encoding="utf-8"))
-    card = model_card("lora", checkpoint, targets, metrics)
+    card = model_card("lora", checkpoint, targets, figures)
     (output_dir / "README.md").write_text(card, encoding="utf-8", newline="\n")
     return int(targets["num_targets"])
 

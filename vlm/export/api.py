@@ -34,7 +34,8 @@ def export(
     max_shard_size_mb: int,
     device: str,
     gguf_type: GgufType = "q8_0",
-    metrics: Mapping[str, Any] | None = None,
+    longest_tokens: int | None = None,
+    figures: Mapping[str, Any] | None = None,
 ) -> ExportSummary:
     """Writes an export.
 
@@ -46,7 +47,9 @@ def export(
         max_shard_size_mb: Largest file of a merged model, in 10^6 bytes.
         device: ``cpu`` or ``cuda``, where weights are merged.
         gguf_type: How a GGUF file stores the language model's matrices.
-        metrics: Content of ``metrics.json`` for the model card, if wanted.
+        longest_tokens: Longest conversation that the model is meant for, for the context that Ollama gives a GGUF file;
+            None leaves that to Ollama.
+        figures: Content of ``figures.json`` for the model card, if wanted.
 
     Returns:
         Counts.
@@ -58,12 +61,12 @@ def export(
     if kind == "lora":
         from vlm.export.adapter import export_lora
 
-        num_modules = export_lora(checkpoint_dir, adapter_dir, output_dir, metrics=metrics)
+        num_modules = export_lora(checkpoint_dir, adapter_dir, output_dir, figures=figures)
     elif kind == "merged_16bit":
         from vlm.export.merged import export_merged_16bit
 
         num_modules = export_merged_16bit(
-            checkpoint_dir, adapter_dir, output_dir, max_shard_size_mb=max_shard_size_mb, device=device, metrics=metrics
+            checkpoint_dir, adapter_dir, output_dir, max_shard_size_mb=max_shard_size_mb, device=device, figures=figures
         )
     elif kind == "merged_4bit" or kind == "merged_8bit":
         from vlm.export.quantized import export_quantized
@@ -75,13 +78,19 @@ def export(
             output_dir,
             max_shard_size_mb=max_shard_size_mb,
             device=device,
-            metrics=metrics,
+            figures=figures,
         )
     elif kind == "gguf":
         from vlm.export.gguf.write import export_gguf
 
         num_modules = export_gguf(
-            checkpoint_dir, adapter_dir, output_dir, gguf_type=gguf_type, device=device, metrics=metrics
+            checkpoint_dir,
+            adapter_dir,
+            output_dir,
+            gguf_type=gguf_type,
+            device=device,
+            longest_tokens=longest_tokens,
+            figures=figures,
         )
     else:
         assert_never(kind)

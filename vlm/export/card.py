@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vlm.config.model import BUILTIN_MODEL, RANDOM_MODEL
+
 _LOAD_ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -20,6 +22,9 @@ model = AutoModelForImageTextToText.from_pretrained("path/to/this/folder", dtype
 processor = AutoProcessor.from_pretrained("path/to/this/folder")
 """
 
+# Where a base model is that no path and no name on the Hub leads to.
+_FOLDERS = {BUILTIN_MODEL: "vlm/builtin/weights", RANDOM_MODEL: "path/to/the/base/model"}
+
 _LOAD_GGUF = """\
 llama-mtmd-cli -m model-*.gguf --mmproj mmproj-*.gguf --temp 0 --image page.png -p "Transcribe the text in the image."
 ollama create my-model -f Modelfile
@@ -27,7 +32,7 @@ ollama create my-model -f Modelfile
 
 
 def model_card(
-    kind: str, checkpoint: Mapping[str, Any], targets: Mapping[str, Any], metrics: Mapping[str, Any] | None
+    kind: str, checkpoint: Mapping[str, Any], targets: Mapping[str, Any], figures: Mapping[str, Any] | None
 ) -> str:
     """Writes the card.
 
@@ -35,7 +40,7 @@ def model_card(
         kind: Type of the export.
         checkpoint: Content of ``checkpoint.json``.
         targets: Content of the adapter's ``targets.json``.
-        metrics: Content of ``metrics.json``, or None.
+        figures: Content of ``figures.json``, or None.
 
     Returns:
         Markdown with the front matter that the Hub reads.
@@ -63,12 +68,21 @@ def model_card(
     ]
     if targets["modules_to_save"]:
         lines.append(f"- Trained whole: {', '.join(f'`{name}`' for name in targets['modules_to_save'])}")
-    if metrics is not None:
-        lines += ["", f"Measured on {metrics['num_rows']} rows of the {metrics['split']} split:", ""]
+    if figures is not None:
+        lines += [
+            "",
+            f"Measured on {figures['num_rows']} rows of the {figures['split']} split, in brackets with the"
+            f" {figures['confidence']:.0%} interval:",
+            "",
+        ]
         lines += ["| metric | tuned | base |", "|---|---|---|"]
-        for entry in metrics["metrics"].values():
-            values = ["" if entry[who] is None else f"{entry[who]['value']:.4f}" for who in ("tuned", "base")]
-            lines.append(f"| {entry['title']} ({entry['better']} is better) | {values[0]} | {values[1]} |")
-    usage = {"lora": _LOAD_ADAPTER.format(base=base), "gguf": _LOAD_GGUF}.get(kind, _LOAD_MERGED)
+        for entry in figures["metrics"].values():
+            tuned, base = _figure(entry["tuned"]), _figure(entry["base"])
+            lines.append(f"| {entry['title']} ({entry['better']} is better) | {tuned} | {base} |")
+    usage = {"lora": _LOAD_ADAPTER.format(base=_FOLDERS.get(base, base)), "gguf": _LOAD_GGUF}.get(kind, _LOAD_MERGED)
     language = "sh" if kind == "gguf" else "python"
     return "\n".join([*lines, "", f"```{language}", usage.rstrip(), "```", ""])
+
+
+def _figure(entry: Mapping[str, float] | None) -> str:
+    return "" if entry is None else f"{entry['value']:.4f} [{entry['low']:.4f}, {entry['high']:.4f}]"

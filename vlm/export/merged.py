@@ -26,7 +26,7 @@ def export_merged_16bit(
     *,
     max_shard_size_mb: int,
     device: str,
-    metrics: Mapping[str, Any] | None = None,
+    figures: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes a whole model that plain transformers loads.
 
@@ -36,7 +36,7 @@ def export_merged_16bit(
         output_dir: An existing folder.
         max_shard_size_mb: Largest weights file, in 10^6 bytes.
         device: ``cpu`` or ``cuda``, where weights are merged.
-        metrics: Content of ``metrics.json`` for the card, if wanted.
+        figures: Content of ``figures.json`` for the card, if wanted.
 
     Returns:
         Number of merged modules; after full fine-tuning, of trained tensors.
@@ -61,7 +61,7 @@ def export_merged_16bit(
         expected -= set(to_hub_layout(merged.bare, head))
     check_keys(placed, expected)
     _check_merged(placed, images, merged.dtype)
-    merged.write_surroundings(output_dir, "merged_16bit", metrics=metrics)
+    merged.write_surroundings(output_dir, "merged_16bit", figures=figures)
     return merged.num_trained
 
 

@@ -178,7 +178,7 @@ class MergedModel:
         kind: str,
         *,
         quantization: Mapping[str, Any] | None = None,
-        metrics: Mapping[str, Any] | None = None,
+        figures: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes everything of an export that transformers loads but its weights.
 
@@ -186,7 +186,7 @@ class MergedModel:
             output_dir: An existing folder.
             kind: Type of the export, for the card.
             quantization: The section of ``config.json`` that says how the weights are quantised.
-            metrics: Content of ``metrics.json`` for the card, if wanted.
+            figures: Content of ``figures.json`` for the card, if wanted.
         """
         config = dict(self.config)
         if quantization is not None:
@@ -197,22 +197,22 @@ class MergedModel:
         if generation.is_file():
             (output_dir / "generation_config.json").write_bytes(generation.read_bytes())
         copy_files(self.processor_dir, output_dir)
-        self.write_card(output_dir, kind, metrics)
+        self.write_card(output_dir, kind, figures)
 
     @property
     def processor_dir(self) -> Path:
         """Folder of the model's processor."""
         return self._checkpoint_dir / "processor"
 
-    def write_card(self, output_dir: Path, kind: str, metrics: Mapping[str, Any] | None = None) -> None:
+    def write_card(self, output_dir: Path, kind: str, figures: Mapping[str, Any] | None = None) -> None:
         """Writes ``README.md``.
 
         Args:
             output_dir: An existing folder.
             kind: Type of the export.
-            metrics: Content of ``metrics.json``, if wanted.
+            figures: Content of ``figures.json``, if wanted.
         """
-        card = model_card(kind, self.description, self.targets, metrics)
+        card = model_card(kind, self.description, self.targets, figures)
         (output_dir / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
     def _merge(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

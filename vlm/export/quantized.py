@@ -40,7 +40,7 @@ def export_quantized(
     *,
     max_shard_size_mb: int,
     device: str,
-    metrics: Mapping[str, Any] | None = None,
+    figures: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes a whole quantised model that plain transformers loads, with the modules that are not quantised by name.
 
@@ -53,7 +53,7 @@ def export_quantized(
         output_dir: An existing folder.
         max_shard_size_mb: Largest weights file, in 10^6 bytes.
         device: ``cpu`` or ``cuda``, where weights are merged and quantised.
-        metrics: Content of ``metrics.json`` for the card, if wanted.
+        figures: Content of ``figures.json`` for the card, if wanted.
 
     Returns:
         Number of merged modules; after full fine-tuning, of trained tensors.
@@ -114,7 +114,7 @@ def export_quantized(
             raise ExportError(f"the weight {key_of[name]!r} reads differently from how it was written; check the disk")
     config = quantization_config(settings, skipped, merged.dtype)
     assert config is not None
-    merged.write_surroundings(output_dir, f"merged_{bits}bit", quantization=config.to_dict(), metrics=metrics)
+    merged.write_surroundings(output_dir, f"merged_{bits}bit", quantization=config.to_dict(), figures=figures)
     return merged.num_trained
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from vlm.config import DataConfig
-from vlm.data.images import MAX_IMAGE_FILE_BYTES, load_image_bytes, open_image, pillow_limit_off, upright_image
+from vlm.data.images import MAX_IMAGE_FILE_BYTES, load_image_bytes, open_image, pillow_limit, upright_image
 from vlm.data.rows import RowError
-from vlm.data.video import Medium, VideoReference, load_video
+from vlm.data.video import MAX_IMAGES_OF_ROW, Medium, VideoReference, load_video
 from vlm.errors import DataError
 
 MAX_SOURCE_PIXELS = 100_000_000
@@ -33,7 +33,7 @@ def load_image(reference: Any, *, allow_urls: bool) -> Image.Image:
         DataError: It is missing, damaged, too large, or an address although those are not allowed.
     """
     try:
-        with pillow_limit_off():
+        with pillow_limit(MAX_SOURCE_PIXELS):
             return upright_image(open_image(_content(reference, allow_urls), MAX_SOURCE_PIXELS))
     except RowError as error:
         message = error.message.replace("data.allow_urls is off", "allow_urls is off; give allow_urls=True or the file")
@@ -62,7 +62,7 @@ def load_medium(
         value = list(value)
     value = str(value).removeprefix("file://") if isinstance(value, Path | str) and _is_path(str(value)) else value
     try:
-        with pillow_limit_off():
+        with pillow_limit(MAX_SOURCE_PIXELS):
             return load_video(
                 replace(reference, value=value),
                 load=lambda frame: _content(frame, allow_urls),
@@ -70,6 +70,7 @@ def load_medium(
                 max_frames=max_video_frames or DataConfig().max_video_frames,
                 max_source_pixels=MAX_SOURCE_PIXELS,
                 max_pixels=max_video_pixels or DataConfig().max_video_pixels,
+                max_total_pixels=MAX_IMAGES_OF_ROW * MAX_SOURCE_PIXELS,
             )
     except RowError as error:
         raise DataError(f"a video cannot be used: {error.message}") from error

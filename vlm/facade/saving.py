@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 import types
@@ -71,6 +72,12 @@ def save_adapter(model: Any, save_directory: str | Path, tokenizer: Any = None, 
     directory.mkdir(parents=True, exist_ok=True)
     _write_trained(model, state, directory)
     state.loaded.processing.save(directory)
+    from vlm.export.card import model_card
+    from vlm.lora.peft_model import TARGETS_FILE
+
+    checkpoint = json.loads((state.loaded.checkpoint_dir / "checkpoint.json").read_text(encoding="utf-8"))
+    card = model_card("lora", checkpoint, json.loads(state.adapter_files[TARGETS_FILE]), None)
+    (directory / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
 
 def _write_trained(model: Any, state: FacadeState, directory: Path) -> None:
@@ -93,7 +100,7 @@ def save_pretrained_merged(
     save_method: str = "merged_16bit",
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes a model for use elsewhere.
+    """Writes a model for use elsewhere, once every weight was read back and compared with what was trained.
 
     Args:
         model: Trained, with an adapter or with full fine-tuning.
@@ -127,6 +134,9 @@ def save_pretrained_gguf(
 ) -> None:
     """Writes a model for llama.cpp and Ollama: language model, vision tower (mmproj) and Modelfile.
 
+    Every tensor is read back and compared with what was trained before the files get their names. Answers are not compared:
+    that takes held-out rows, which the flow has.
+
     Args:
         model: Trained, with an adapter or with full fine-tuning.
         save_directory: Made if it is not there.
@@ -154,17 +164,27 @@ def _export(model: Any, kind: ExportType, directory: str | Path, **settings: Any
         )
     from vlm.export import export
 
-    with tempfile.TemporaryDirectory() as folder:
-        trained_dir = Path(folder)
-        _write_trained(model, state, trained_dir)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Files get their names once the export has compared them with what was trained, so that none lies there which failed.
+    with (
+        tempfile.TemporaryDirectory() as trained,
+        tempfile.TemporaryDirectory(prefix=".incomplete-", dir=directory) as stage,
+    ):
+        _write_trained(model, state, Path(trained))
         export(
             kind,
             state.loaded.checkpoint_dir,
-            trained_dir,
-            Path(directory),
+            Path(trained),
+            Path(stage),
             device=state.loaded.device,
+            longest_tokens=state.max_seq_length,
             **({"max_shard_size_mb": _megabytes("5GB")} | settings),
         )
+        for path in sorted(path for path in Path(stage).rglob("*") if path.is_file()):
+            target = directory / path.relative_to(stage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
 
 
 def push_to_hub(

@@ -93,6 +93,7 @@ def load_model(
         ResourceError: The device's memory does not hold the model.
     """
     import torch
+    from safetensors import SafetensorError
 
     from vlm.loading.model_config import model_config
     from vlm.loading.quantization import make_trainable
@@ -118,7 +119,7 @@ def load_model(
             f"the GPU's memory does not hold {family.title} from {folder.name!r} ({error}); set model.quantization to 'nf4',"
             " take a smaller model or free the GPU"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"the weights in {folder} do not fit their config.json ({error}); fetch the model again"
         ) from error

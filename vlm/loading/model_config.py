@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm.errors import ModelError
 from vlm.families import Family
 from vlm.families.classes import transformers_class
 from vlm.processing.files import read_json
@@ -29,7 +30,16 @@ def model_config(folder: Path, family: Family) -> PretrainedConfig:
     import transformers
 
     model_class = transformers_class(family, family.model_class)
-    if family.translate_config is None:
-        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        return config
-    return model_class.config_class.from_dict(family.translate_config(read_json(folder / "config.json")))
+    try:
+        if family.translate_config is None:
+            config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            return config
+        return model_class.config_class.from_dict(family.translate_config(read_json(folder / "config.json")))
+    except ModelError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'} does not describe a model of {family.title} ({error}); fetch the model again"
+        ) from error

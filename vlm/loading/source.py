@@ -7,16 +7,19 @@ Light imports; huggingface_hub comes in for Hub names only.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vlm.builtin.recipe import WEIGHTS_DIR
 from vlm.config.model import BUILTIN_MODEL, RANDOM_MODEL, ModelConfig
 from vlm.errors import ModelError, near_names
 from vlm.hub import network_errors
+from vlm.processing.files import read_json
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 # What a checkpoint is made of, and all that is fetched from the Hub. Pickled weights (*.bin, *.pt) are not in it.
@@ -31,6 +34,14 @@ FETCHED_FILES = (
 )
 # Folders hold other formats of the same weights, and so do consolidated files.
 _NOT_FETCHED = ("*/*", "consolidated*.safetensors")
+# The format's own limit on headers.
+_MAX_HEADER_BYTES = 100_000_000
+# Bits per value of a tensor.
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -49,6 +60,11 @@ def local_folder(model: ModelConfig) -> Path | None:
     """
     if is_builtin(model):
         return None
+    if "://" in model.name:
+        raise ModelError(
+            f"model.name {model.name!r} is an address, and models are read from a folder or by their name on the Hub; copy it"
+            " to a folder, or write user/name"
+        )
     path = WEIGHTS_DIR if model.name == BUILTIN_MODEL else Path(model.name).expanduser()
     if path.is_dir():
         return path
@@ -82,36 +98,86 @@ def check_weights(folder: Path) -> None:
                 " revision with safetensors, or convert it with transformers' save_pretrained"
             )
         raise ModelError(f"{folder} has no *.safetensors files; give the folder that holds the model's weights")
-    index = folder / WEIGHT_INDEX
-    if index.is_file():
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if (folder / WEIGHT_INDEX).is_file():
+        listed = _indexed_files(folder)
         missing = sorted(listed - {path.name for path in files})
         if missing:
             raise ModelError(
                 f"{folder} lacks {missing[0]!r}, one of {len(listed)} files in {WEIGHT_INDEX}; fetch the model again"
             )
     for path in files:
-        _check_safetensors(path)
+        check_safetensors(path)
 
 
-def _check_safetensors(path: Path) -> None:
-    """Compares a file's length with its header: 8 bytes of header length, a JSON header, then the tensors."""
+def _indexed_files(folder: Path) -> set[str]:
+    """Names of the files that the index spreads the weights over."""
+    names = read_json(folder / WEIGHT_INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{folder / WEIGHT_INDEX} has no weight_map from weights to files; fetch the model again")
+    # Whoever follows the index later joins its names to the folder.
+    astray = sorted(name for name in set(names.values()) if Path(name).name != name)
+    if astray:
+        raise ModelError(
+            f"{folder / WEIGHT_INDEX} names {astray[0]!r}, which is no file of its folder; fetch the model again from a"
+            " source that you trust"
+        )
+    return set(names.values())
+
+
+def check_safetensors(path: Path) -> None:
+    """Checks that a file's header describes the file: every tensor as long as type and shape say, none over another.
+
+    The file is 8 bytes of header length, a JSON header, then the tensors without gaps. No weight is read.
+
+    Raises:
+        ModelError: It does not.
+    """
     size_bytes = path.stat().st_size
-    needed: int | None = None
+    problem: str | None = "its header cannot be read"
     with path.open("rb") as file:
         prefix = file.read(8)
-        if len(prefix) == 8 and 8 + (header_bytes := struct.unpack("<Q", prefix)[0]) <= size_bytes:
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if 2 <= header_bytes <= min(size_bytes - 8, _MAX_HEADER_BYTES):
             try:
-                header = json.loads(file.read(header_bytes))
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-                needed = 8 + header_bytes + max(ends, default=0)
-            except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-                needed = None
-    if needed != size_bytes:
-        found = "its header cannot be read" if needed is None else f"{size_bytes} bytes of {needed}"
+                header = json.loads(file.read(header_bytes).decode(), object_pairs_hook=_without_repetition)
+                problem = _header_problem(header, size_bytes - 8 - header_bytes)
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                problem = f"its header cannot be read: {error}"
+    if problem is not None:
         raise ModelError(
-            f"{path} is no whole safetensors file ({found}), as after an interrupted download; fetch it again"
+            f"{path} is no whole safetensors file ({problem}), as after an interrupted download; fetch it again"
         )
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _header_problem(header: Any, data_bytes: int) -> str | None:
+    """What is wrong with a header before so many bytes of tensors; None if nothing is."""
+    if not isinstance(header, dict):
+        return "its header is no JSON object"
+    spans = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        (start, end), shape, bits = entry["data_offsets"], entry["shape"], _BITS[entry["dtype"]]
+        if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
+            return f"{name[:80]!r} has a shape or offsets that are no whole numbers"
+        if (end - start) * 8 != math.prod(shape) * bits:
+            return (
+                f"{name[:80]!r} has {end - start} bytes where its shape {shape} asks for {math.prod(shape) * bits // 8}"
+            )
+        spans.append((start, end, name))
+    position = 0
+    for start, end, name in sorted(spans):
+        if start != position:
+            return f"{name[:80]!r} starts at byte {start}, where the tensor before it ends at {position}"
+        position = end
+    return None if position == data_bytes else f"{data_bytes} bytes of {position}"
 
 
 def fetch_from_hub(model: ModelConfig) -> Path:

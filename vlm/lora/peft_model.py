@@ -18,8 +18,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vlm.errors import LoraError, near_names
+from vlm.errors import LoraError, near_names, shown
+from vlm.loading.source import check_safetensors
 from vlm.lora.file_keys import file_keys
+from vlm.processing.files import read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftLoraConfig
@@ -209,7 +211,9 @@ def load_tensors(peft_model: PeftModel, path: Path) -> None:
     Raises:
         LoraError: A tensor of the file has no place in the model, a place has no tensor, or a shape differs. The model
             is then as before.
+        ModelError: The file is cut short, or its header does not fit it.
     """
+    check_safetensors(path)
     places = adapter_parameters(peft_model)
     with safe_open(path, framework="pt") as file:
         live = _live_parameters(peft_model)
@@ -287,4 +291,12 @@ def read_config(adapter_dir: Path) -> PeftLoraConfig:
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (adapter_dir / name).is_file()]
     if missing:
         raise LoraError(f"{adapter_dir} has no {missing[0]}; give the folder of an adapter")
-    return peft.LoraConfig.from_pretrained(str(adapter_dir))
+    peft_type = read_json(adapter_dir / CONFIG_FILE).get("peft_type")
+    if peft_type != "LORA":
+        raise LoraError(f"{adapter_dir / CONFIG_FILE} has peft_type {shown(peft_type)}; give a LoRA adapter")
+    try:
+        return peft.LoraConfig.from_pretrained(str(adapter_dir))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise LoraError(
+            f"{adapter_dir / CONFIG_FILE} is no LoRA configuration ({error}); make the adapter again"
+        ) from error

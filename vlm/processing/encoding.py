@@ -31,9 +31,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm.errors import DataError
+from vlm.errors import DataError, ModelError
 from vlm.families import Family, ImageLayout, Run
-from vlm.processing.skeleton import Skeleton, Structure, cutting_tokens, make_skeleton, structure_of
+from vlm.processing.skeleton import TEMPLATE_ERRORS, Skeleton, Structure, cutting_tokens, make_skeleton, structure_of
+from vlm.processing.time_limit import within
 
 if TYPE_CHECKING:
     import tokenizers
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 # Stand-ins for control tokens in people's text while the template runs: one character each, so that no template can
 # tear them apart, from a plane that only private fonts use.
 _FIRST_SENTINEL, _LAST_SENTINEL = 0xF0000, 0xFFFFD
+# A template takes less than a millisecond.
+TEMPLATE_SECONDS = 20
 # Structures remembered; chats of many lengths would otherwise pile up one skeleton per length.
 _MAX_SKELETONS = 64
 _SENTINEL_CLASS = f"[{chr(_FIRST_SENTINEL)}-{chr(_LAST_SENTINEL)}]"
@@ -111,6 +114,8 @@ class ChatEncoder:
         self._cutting = cutting_tokens(self._backend) if self._backend.num_special_tokens_to_add(False) == 0 else {}
         self._skeletons: dict[Structure, Skeleton | None] = {}
         self._memo: dict[str, list[int]] = {}
+        # Structures that the template has rendered in time; None, for those without one, is never among them.
+        self._rendered: set[Structure | None] = set()
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], layouts: Sequence[ImageLayout], add_generation_prompt: bool
@@ -148,21 +153,30 @@ class ChatEncoder:
         if structure in self._skeletons:
             skeleton = self._skeletons[structure]
         elif len(self._skeletons) < _MAX_SKELETONS:
-            skeleton = self._skeletons[structure] = make_skeleton(
-                structure,
-                chat_template=self._chat_template,
-                variables=self._template_variables,
-                placeholder=self._family.image_placeholder,
-                cutting=self._cutting,
-                tokenise=self._tokenise_section,
-                render=self._render,
-            )
+            skeleton = self._skeletons[structure] = self._make_skeleton(structure, messages)
         else:
             return None
         if skeleton is None or skeleton.num_images != len(counts):
             return None
         encoded = skeleton.encode(texts, counts, self._tokenise_section, self._memo)
         return None if encoded is None else Encoded(*encoded, sum(counts))
+
+    def _make_skeleton(self, structure: Structure, messages: Sequence[Mapping[str, Any]]) -> Skeleton | None:
+        try:
+            return within(
+                TEMPLATE_SECONDS,
+                lambda: make_skeleton(
+                    structure,
+                    chat_template=self._chat_template,
+                    variables=self._template_variables,
+                    placeholder=self._family.image_placeholder,
+                    cutting=self._cutting,
+                    tokenise=self._tokenise_section,
+                    render=self._render,
+                ),
+            )
+        except TimeoutError as error:
+            raise _too_slow(messages) from error
 
     def _tokenise_section(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._backend.encode(text, add_special_tokens=False)
@@ -203,6 +217,7 @@ class ChatEncoder:
 
         Raises:
             DataError: The template refuses the conversation.
+            ModelError: The template takes too long.
         """
         return self._render(messages, add_generation_prompt)
 
@@ -228,17 +243,29 @@ class ChatEncoder:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        try:
-            rendered: Any = render_jinja_template(
+        def render() -> Any:
+            return render_jinja_template(
                 conversations=[messages],  # type: ignore[list-item]
                 chat_template=self._chat_template,
                 add_generation_prompt=add_generation_prompt,
                 **self._template_variables,
             )
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
+
+        found = structure_of(messages, add_generation_prompt)
+        structure = None if found is None else found[0]
+        try:
+            if structure in self._rendered:
+                rendered = render()
+            else:
+                rendered = within(TEMPLATE_SECONDS, render)
+                if structure is not None and len(self._rendered) < _MAX_SKELETONS:
+                    self._rendered.add(structure)
+        except TimeoutError as error:
+            raise _too_slow(messages) from error
+        except (jinja2.TemplateError, *TEMPLATE_ERRORS) as error:
             roles = ", ".join(str(message.get("role")) for message in messages[:6])
             raise DataError(
-                f"the model's chat template refuses a conversation with the roles [{roles}]: {error};"
+                f"the model's chat template refuses a conversation with the roles [{roles}]: {str(error) or type(error).__name__};"
                 " change the conversation to what the template takes"
             ) from error
         return str(rendered[0][0])
@@ -364,6 +391,13 @@ class ChatEncoder:
             description["padding"] = description["truncation"] = None
             self._plain_backend = tokenizers.Tokenizer.from_str(json.dumps(description))
         return self._plain_backend
+
+
+def _too_slow(messages: Sequence[Mapping[str, Any]]) -> ModelError:
+    return ModelError(
+        f"the model's chat template has not rendered a conversation of {len(messages)} messages after {TEMPLATE_SECONDS}"
+        " seconds; look at its loops, or take the template from a source that you trust"
+    )
 
 
 def _ended(

@@ -96,7 +96,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
         raise ModelError(
             f"{path.parent} has no {path.name}, which every checkpoint has; give the folder that holds it"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists
         raise ModelError(f"{path} is no valid JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no JSON object; fetch the checkpoint again")

@@ -97,8 +97,9 @@ class Processing:
             )
         try:
             tokenizer_class: Any = getattr(transformers, family.tokenizer_class or "AutoTokenizer")
-            tokenizer = tokenizer_class.from_pretrained(processor_dir, local_files_only=True)
-        except (OSError, ValueError) as error:
+            # Said, and not left out: transformers would ask on the terminal whether to run code that the folder brings.
+            tokenizer = tokenizer_class.from_pretrained(processor_dir, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # `tokenizers` raises nothing more special for a damaged file
             raise ModelError(
                 f"the tokenizer in {processor_dir} cannot be opened ({error}); fetch the model again"
             ) from error
@@ -364,7 +365,12 @@ def _image_processor(folder: Path, family: Family) -> Any:
     image_processor_class: Any = getattr(importlib.import_module(named.__module__), family.image_processor_class)
     if family.image_processor_defaults is not None and not files.has_image_processor(folder):
         return image_processor_class.from_dict(dict(family.image_processor_defaults))
-    return image_processor_class.from_pretrained(folder, local_files_only=True)
+    try:
+        return image_processor_class.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"the image processor's settings in {folder} cannot be used ({error}); fetch the model again"
+        ) from error
 
 
 def _end_token(tokenizer: Any, folder: Path) -> tuple[int, ...]:
@@ -380,5 +386,4 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "processor_config.json"
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {name: value for name, value in content.items() if not isinstance(value, dict)}
+    return {name: value for name, value in files.read_json(path).items() if not isinstance(value, dict)}

@@ -30,6 +30,10 @@ from vlm.errors import DataError
 _FIRST_MARK, _LAST_MARK = 0x10F000, 0x10F8FF
 _MARK = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
 
+# What a template raises besides jinja2's own errors. It is a program: it may divide by zero, call itself without end, or
+# multiply a text by a billion.
+TEMPLATE_ERRORS = (TypeError, LookupError, ValueError, ArithmeticError, AttributeError, RecursionError, MemoryError)
+
 Structure = tuple[Any, ...]
 # Tokenises a section: ids, and for each id the range of characters that it covers.
 Tokenise = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
@@ -235,7 +239,7 @@ def make_skeleton(
         marked = _marked(template, messages, add_generation_prompt, variables)
         turns = _turns(template, messages, marked, add_generation_prompt, variables)
         rendered = render(plain or (), add_generation_prompt)
-    except (_LookedAtError, jinja2.TemplateError, TypeError, LookupError, DataError):
+    except (_LookedAtError, jinja2.TemplateError, DataError, *TEMPLATE_ERRORS):
         return None  # the ordinary way renders it, or says what is wrong with the conversation
     if turns is None or rendered != _MARK.sub(lambda match: f" Probe {ord(match[0]) - _FIRST_MARK} ", marked):
         return None
@@ -303,7 +307,7 @@ def _compile(chat_template: str) -> Any:
     environment.globals["raise_exception"] = _refuse
     try:
         return environment.from_string(chat_template) if _is_transparent(environment.parse(chat_template)) else None
-    except jinja2.TemplateError:
+    except (jinja2.TemplateError, *TEMPLATE_ERRORS):
         return None  # a tag of transformers' own, or an error that the ordinary way reports
 
 

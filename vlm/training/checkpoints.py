@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -100,14 +101,17 @@ def _folders(work_dir: Path) -> list[tuple[int, Path]]:
 def _is_complete(folder: Path, step: int, identity: str) -> bool:
     if not (folder / MARKER).is_file():
         return False
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    if marker["step"] != step or marker["identity"] != identity:
-        return False
-    for name, file in marker["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != file["size_bytes"]:
+    try:
+        marker = json.loads((folder / MARKER).read_bytes())
+        if marker["step"] != step or marker["identity"] != identity:
             return False
-        with path.open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != file["sha256"]:
-                return False
-    return True
+        return all(_is_whole(folder / name, file) for name, file in marker["files"].items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False  # a marker that was damaged vouches for nothing
+
+
+def _is_whole(path: Path, file: Mapping[str, Any]) -> bool:
+    if not path.is_file() or path.stat().st_size != file["size_bytes"]:
+        return False
+    with path.open("rb") as handle:
+        return bool(hashlib.file_digest(handle, "sha256").hexdigest() == file["sha256"])

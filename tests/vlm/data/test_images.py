@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data.images import ImageFolder, load_image_bytes, open_image, pillow_limit_off, upright_image
+from vlm.data.images import ImageFolder, load_image_bytes, open_image, pillow_limit, upright_image
 from vlm.data.rows import RowError
 
 
 def load(data, max_source_pixels=100_000_000):
-    with pillow_limit_off():
+    with pillow_limit(max_source_pixels):
         return upright_image(open_image(data, max_source_pixels))
 
 
@@ -52,8 +52,8 @@ def test_pillows_limit_is_put_back():
     before = Image.MAX_IMAGE_PIXELS
 
     def fail():
-        with pillow_limit_off():
-            assert Image.MAX_IMAGE_PIXELS is None
+        with pillow_limit(1000):
+            assert Image.MAX_IMAGE_PIXELS == 1000
             raise RuntimeError
 
     with pytest.raises(RuntimeError):

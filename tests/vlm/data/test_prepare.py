@@ -264,7 +264,7 @@ def test_rows_in_flight_do_not_grow_with_the_dataset(num_rows, make_png, process
         take(self, job, outcome)
 
     stream = module.RowStream(0, "rows", "train", ("id", "text", "image"), None, rows)
-    monkeypatch.setattr(module, "open_streams", lambda sources: [stream])
+    monkeypatch.setattr(module, "open_streams", lambda sources, follow_links: [stream])
     monkeypatch.setattr(module._Sink, "take", counted)
     summary = prepare_dataset(DataConfig(), processing, tmp_path, num_workers=2)
     assert summary.num_rows["train"] == num_rows

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from vlm.config.data import SourceConfig
+from vlm.data import hub
 from vlm.data.locations import resolve, split_from_name
 from vlm.data.sources import open_streams
 from vlm.errors import DataError
@@ -163,17 +164,44 @@ def test_hub_datasets_stream(tmp_path, make_rows, prepare, processing, monkeypat
     table.select(range(4)).to_parquet(str(tmp_path / "a.parquet"))
     table.select(range(4, 6)).to_parquet(str(tmp_path / "b.parquet"))
     files = {"train": str(tmp_path / "a.parquet"), "validation": str(tmp_path / "b.parquet")}
-    load, asked = datasets.load_dataset, []
+    load, asked = datasets.load_dataset_builder, []
 
     def from_hub(path: str, **options: Any) -> Any:
         asked.append((path, options))
-        return load("parquet", data_files=files, streaming=True, cache_dir=str(tmp_path / "cache"))
+        return load("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
 
-    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    monkeypatch.setattr(datasets, "load_dataset_builder", from_hub)
+    with pytest.raises(DataError, match=r"'someone/receipts' names the file '.*[ab].parquet', which is not on the Hub"):
+        prepare(sources=[{"path": "someone/receipts"}])
+    asked.clear()
+    checked = []
+    monkeypatch.setattr(hub, "check_files", lambda name, files: checked.append((name, len(files))))
     prepared = prepare(sources=[{"path": "someone/receipts", "subset": "en", "revision": "main"}])
     check_rows(rows, prepared, processing)
     assert prepared.summary.num_rows == {"train": 4, "validation": 2, "test": 0}
-    assert asked == [("someone/receipts", {"name": "en", "revision": "main", "streaming": True})]
+    assert asked == [("someone/receipts", {"name": "en", "revision": "main"})]
+    assert checked == [("someone/receipts", 2)]
+
+
+@pytest.mark.parametrize(
+    ("file", "refused"),
+    [
+        ("hf://datasets/a/b@0/data.parquet", False),
+        ("zip://rows.csv::hf://datasets/a/b@0/x.zip", False),
+        ("/etc/passwd", True),
+        ("file:///etc/passwd", True),
+        ("http://169.254.169.254/latest", True),
+        ("zip://rows.csv::/home/me/x.zip", True),
+        ("hf://datasets/a/b@0/x::/etc/passwd", True),
+    ],
+)
+def test_files_of_a_hub_dataset_are_on_the_hub(file, refused):
+    if refused:
+        with pytest.raises(DataError, match="which is not on the Hub"):
+            hub.check_files("a/b", {"train": [file]})
+    else:
+        hub.check_files("a/b", {"train": [file]})
+        hub.check_files("a/b", None)
 
 
 def test_a_hub_dataset_that_cannot_be_reached_is_a_data_error(monkeypatch):
@@ -182,7 +210,7 @@ def test_a_hub_dataset_that_cannot_be_reached_is_a_data_error(monkeypatch):
     def offline(*args: Any, **options: Any) -> Any:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(datasets, "load_dataset_builder", offline)
     with pytest.raises(DataError, match=r"'someone/receipts'.*no network.*HF_TOKEN"):
         open_streams((SourceConfig(path="someone/receipts", format="hub"),))
 

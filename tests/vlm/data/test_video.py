@@ -41,6 +41,7 @@ def load(value, fps=None, *, max_frames=16, names=()):
         max_frames=max_frames,
         max_source_pixels=10_000,
         max_pixels=None,
+        max_total_pixels=80_000,
     )
 
 

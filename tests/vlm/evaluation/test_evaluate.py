@@ -168,6 +168,7 @@ def test_slices_failures_references_and_worst_rows(tmp_path: Path) -> None:
         "repetition": {"tuned": 0, "base": 0},
         "wrong_case": {"tuned": 1, "base": 0},
         "wrong_script": {"tuned": 0, "base": 1},
+        "wrong_language": {"tuned": 0, "base": 0},
         "not_json": {"tuned": 0, "base": 0},
     }
     assert document["worst_rows"] == ["2", "4", "1", "3"]
@@ -213,6 +214,12 @@ def test_a_target_that_a_metric_cannot_read_is_named(tmp_path: Path) -> None:
         ("cat", "猫が好き", "stop", ["wrong_script"]),
         ("猫が好き", "好き", "stop", []),
         ("12", "zwölf", "stop", []),  # no letters to compare with
+        (
+            "Two children are playing with a ball on the beach.",
+            "Zwei Kinder spielen am Strand mit einem Ball.",
+            "stop",
+            ["wrong_language"],
+        ),
         ('{"a": 1}', "a: 1", "stop", ["not_json"]),
         ('{"a": 1}', '{"a": 2}', "stop", []),
     ],

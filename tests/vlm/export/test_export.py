@@ -275,16 +275,16 @@ def test_the_lora_export_loads_with_plain_peft(tiny_run: Callable, tmp_path: Pat
     batch = batch_of(run.loaded, run.dataset_dir, "train", [0, 1])
     with attached(run.loaded, adapter) as model:
         expected = logits(model, batch)
-    metric = {"title": "CER", "better": "lower", "tuned": {"value": 0.1}, "base": None}
-    metrics = {"split": "test", "num_rows": 5, "metrics": {"cer": metric}}
-    summary = run_export("lora", run, adapter, tmp_path / "lora", metrics=metrics)
+    metric = {"title": "CER", "better": "lower", "tuned": {"value": 0.1, "low": 0.05, "high": 0.2}, "base": None}
+    figures = {"split": "test", "num_rows": 5, "confidence": 0.95, "metrics": {"cer": metric}}
+    summary = run_export("lora", run, adapter, tmp_path / "lora", figures=figures)
     plain = peft.PeftModel.from_pretrained(run.loaded.model, str(tmp_path / "lora")).eval()
     try:
         assert torch.equal(logits(plain, batch), expected)
     finally:
         detach_adapter(plain)
     card = (tmp_path / "lora" / "README.md").read_text()
-    assert "| CER (lower is better) | 0.1000 |  |" in card
+    assert "| CER (lower is better) | 0.1000 [0.0500, 0.2000] |  |" in card
     assert "library_name: peft" in card
     assert summary.num_files == len(list((tmp_path / "lora").iterdir()))
     assert Processing.from_dir(tmp_path / "lora").family.model_type == model_type

@@ -178,7 +178,7 @@ def test_uploads_are_what_is_saved(load: Callable, monkeypatch: pytest.MonkeyPat
     model = vlm.FastVisionModel.get_peft_model(model, r=2)
     assert model.push_to_hub("me/lora", processor, token="hf_x", private=True) == "hub/me/lora"
     assert seen[:2] == ["hf_x", ("me/lora", True, True)]
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= seen[2]
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= seen[2]
     model.push_to_hub_merged("me/merged", processor)
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= seen[5]
 
@@ -190,5 +190,25 @@ def test_quantised_and_gguf_files(load: Callable, tmp_path: Path) -> None:
     assert '"load_in_4bit": true' in (tmp_path / "four" / "config.json").read_text()
     model.save_pretrained_gguf(tmp_path / "gguf", processor, quantization_method="Q4_0")
     assert {"model-q4_0.gguf", "mmproj-f16.gguf", "Modelfile"} <= {path.name for path in (tmp_path / "gguf").iterdir()}
+    assert "PARAMETER num_ctx" in (tmp_path / "gguf" / "Modelfile").read_text()
     with pytest.raises(ConfigError, match="quantization_method 'q4_k_m' is not written here; use one of f16"):
         model.save_pretrained_gguf(tmp_path / "other", processor, quantization_method="q4_k_m")
+
+
+@pytest.mark.parametrize("is_gguf", [False, True])
+def test_a_file_that_is_not_what_was_trained_gets_no_name(
+    load: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gguf: bool
+) -> None:
+    import gguf
+
+    from vlm.export.shards import ShardWriter
+
+    model, processor = load("qwen2_vl")
+    model = vlm.FastVisionModel.get_peft_model(model, r=2)
+    add, quantize = ShardWriter.add, gguf.quants.quantize
+    monkeypatch.setattr(ShardWriter, "add", lambda self, key, tensor: add(self, key, tensor * 1.1))
+    monkeypatch.setattr(gguf.quants, "quantize", lambda values, kind: quantize(values * 1.1, kind))
+    save = model.save_pretrained_gguf if is_gguf else model.save_pretrained_merged
+    with pytest.raises(ExportError, match=r"away from the adapter's|further from the merged weight"):
+        save(tmp_path / "out", processor)
+    assert list((tmp_path / "out").iterdir()) == []

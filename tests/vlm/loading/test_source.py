@@ -56,6 +56,11 @@ def test_a_path_to_nothing(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         local_folder(ModelConfig(name=name))
 
 
+def test_an_address_is_no_folder() -> None:
+    with pytest.raises(ModelError, match=r"'s3://models/mine' is an address.*copy it to a folder"):
+        local_folder(ModelConfig(name="s3://models/mine"))
+
+
 def test_a_path_to_nothing_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "qwen-tiny").mkdir()
     with pytest.raises(ModelError, match="Did you mean 'qwen-tiny'"):

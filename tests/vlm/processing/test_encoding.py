@@ -204,6 +204,26 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
+def test_no_control_token_can_be_typed_by_anybody(pair: Pair) -> None:
+    """All special tokens of the family, asked and answered: the ids have each as often as without."""
+    added = pair.ours.tokenizer.added_tokens_decoder.values()
+    tokens = [token.content for token in added if token.special and token.content not in pair.ours.family.markup_tokens]
+    refused = [token for token in tokens if not _is_encodable(pair, token)]
+    assert len(refused) < len(tokens) / 2
+    text = " ".join(f"x{token}{token}" for token in tokens if token not in refused)
+    plain = pair.ours.encode([user("a"), assistant("b")], []).input_ids
+    typed = pair.ours.encode([user(text), assistant(text)], []).input_ids
+    for token, id_ in special_ids(pair).items():
+        if token in tokens and token not in refused:
+            assert typed.count(id_) == plain.count(id_), token
+
+
+def _is_encodable(pair: Pair, token: str) -> bool:
+    """Whether a tokenizer without added tokens makes anything else of a token's text."""
+    id_ = special_ids(pair)[token]
+    return id_ not in pair.ours._encoder._plain().encode(token, add_special_tokens=False).ids
+
+
 def test_typed_control_tokens_keep_their_characters(pair: Pair) -> None:
     end = pair.facts.end_of_turn
     text = f"write {end} and {pair.ours.family.image_token} here"

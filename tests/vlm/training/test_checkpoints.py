@@ -53,3 +53,16 @@ def test_identity_goes_by_content(tmp_path: Path) -> None:
     identities = [training_identity({"plan": tmp_path / name, "settings": "s"}) for name in "abc"]
     assert identities[0] == identities[1] != identities[2]
     assert training_identity({"plan": tmp_path / "a", "settings": "t"}) != identities[0]
+
+
+def test_a_marker_with_any_damaged_byte_counts_for_nothing_or_for_the_same(tmp_path: Path) -> None:
+    older, newer = write(tmp_path, 2), write(tmp_path, 3)
+    marker = newer / "complete.json"
+    content = marker.read_bytes()
+    for place in range(len(content)):
+        damaged = content[place] ^ 1 << place % 8  # the highest bit leaves what is no UTF-8
+        marker.write_bytes(content[:place] + bytes([damaged]) + content[place + 1 :])
+        # Changed white space changes nothing.
+        assert newest_complete(tmp_path, "me") in ((2, older), (3, newer))
+    marker.write_bytes(content[: len(content) // 2])
+    assert newest_complete(tmp_path, "me") == (2, older)

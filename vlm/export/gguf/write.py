@@ -48,7 +48,8 @@ def export_gguf(
     *,
     gguf_type: GgufType,
     device: str,
-    metrics: Mapping[str, Any] | None = None,
+    longest_tokens: int | None = None,
+    figures: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes the files.
 
@@ -58,7 +59,8 @@ def export_gguf(
         output_dir: An existing folder.
         gguf_type: How the language model's matrices are stored.
         device: ``cpu`` or ``cuda``, where weights are merged.
-        metrics: Content of ``metrics.json`` for the card, if wanted.
+        longest_tokens: Longest conversation that the model is meant for, where that is known.
+        figures: Content of ``figures.json`` for the card, if wanted.
 
     Returns:
         Number of merged modules; after full fine-tuning, of trained tensors.
@@ -92,9 +94,9 @@ def export_gguf(
         for writer in writers.values():
             writer.close()
     _check(merged, design.tensors, paths, {"language": gguf_type, "vision": vision_type})
-    text = modelfile(processing, paths["language"].name, paths["vision"].name)
+    text = modelfile(processing, paths["language"].name, paths["vision"].name, longest_tokens)
     (output_dir / "Modelfile").write_text(text, encoding="utf-8", newline="\n")
-    merged.write_card(output_dir, "gguf", metrics)
+    merged.write_card(output_dir, "gguf", figures)
     smallest, largest = image_token_limits(design.heads["vision"], processing)
     with (output_dir / "README.md").open("a", encoding="utf-8", newline="\n") as card:
         card.write(
