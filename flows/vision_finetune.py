@@ -53,7 +53,8 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
     """
     session = Session.open(config, rerun_from=rerun_from)
     check_inputs(session)
-    if session.config.tracking.enabled:
+    # Of several machines that train together, the first one tells of it.
+    if session.config.tracking.enabled and session.config.training.distributed.machine_rank == 0:
         session.tracker = Tracker(session, str(flow_run.id) if flow_run.id else None)
     try:
         with failures_tracked(session):

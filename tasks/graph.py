@@ -120,8 +120,11 @@ def _lora_settings(run: Resolved) -> Json:
 
 
 def _training_settings(run: Resolved) -> Json:
-    # How often a checkpoint is written changes no result.
-    settings = run.config.training.model_dump(mode="json", exclude={"checkpoint_every_steps"})
+    # How often a checkpoint is written changes no result; on how many GPUs, none but for rounding.
+    settings = run.config.training.model_dump(mode="json", exclude={"checkpoint_every_steps", "distributed"})
+    if run.config.training.distributed.strategy == "fsdp2":
+        # Packs and activations are planned for the part of the model that one GPU holds then.
+        settings["strategy"] = "fsdp2"
     if run.config.training.tokens_per_step is not None:
         del settings["gradient_accumulation"]
     if run.config.training.generate_every_steps is None:
@@ -140,7 +143,7 @@ def _train_settings(run: Resolved) -> Json:
 
 
 def _generation_settings(run: Resolved) -> Json:
-    settings = run.config.generation.model_dump(mode="json", exclude={"evaluate_base_model"})
+    settings = run.config.generation.model_dump(mode="json", exclude={"evaluate_base_model", "num_processes"})
     return settings | {"device": run.device, "precision": run.precision}
 
 
@@ -151,9 +154,14 @@ def _evaluation_settings(run: Resolved) -> Json:
 
 
 def _report_settings(run: Resolved) -> Json:
-    settings: Json = settings_without_secrets(
-        run.config.model_dump(mode="json", exclude={"runtime", "tracking", "export"})
-    )
+    left_out: Any = {
+        "runtime": True,
+        "tracking": True,
+        "export": True,
+        "training": {"distributed"},
+        "generation": {"num_processes"},
+    }
+    settings: Json = settings_without_secrets(run.config.model_dump(mode="json", exclude=left_out))
     return settings
 
 

@@ -11,6 +11,7 @@ from tasks.graph import Json
 from tasks.models import held_model
 from tasks.session import Session
 from tasks.step import finish, step
+from vlm.training.device import num_local_processes
 
 
 class Predicted(NamedTuple):
@@ -39,19 +40,38 @@ def answers(
         dataset: Whose rows it answers.
         adapter: Put on the model; None takes the model as it is.
     """
+    inputs = {"checkpoint": checkpoint, "dataset": dataset}
+    name = "inference_mode.base"
+    if adapter is not None:
+        inputs["adapter"], name = adapter, "inference_mode.tuned"
 
-    def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
+    def build(stage: Path, folders: Mapping[str, Path]) -> Json:
+        generation, device = session.config.generation, session.resolved.device
+        num_processes = num_local_processes(generation.num_processes, device, "generation.num_processes")
+        if num_processes > 1:
+            from vlm.generate_on_processes import generate_on_processes
+            from vlm.loading.holder import release
+
+            release()
+            return generate_on_processes(
+                folders["checkpoint"],
+                folders["dataset"],
+                generation,
+                stage / "predictions",
+                work_dir=session.store.resumable(session.key(name, inputs)),
+                device=device,
+                num_processes=num_processes,
+                adapter_dir=folders.get("adapter"),
+                digest=checkpoint.digest,
+            ).to_json()
         from vlm.generate import generate_predictions
 
         return generate_predictions(
             held_model(session, checkpoint),
-            inputs["dataset"],
-            session.config.generation,
+            folders["dataset"],
+            generation,
             stage / "predictions",
-            adapter_dir=inputs.get("adapter"),
+            adapter_dir=folders.get("adapter"),
         ).to_json()
 
-    inputs = {"checkpoint": checkpoint, "dataset": dataset}
-    if adapter is None:
-        return session.run("inference_mode.base", inputs, build).outputs["predictions"]
-    return session.run("inference_mode.tuned", inputs | {"adapter": adapter}, build).outputs["predictions"]
+    return session.run(name, inputs, build).outputs["predictions"]

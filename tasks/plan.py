@@ -9,7 +9,7 @@ from artifacts.keys import diff_documents, step_key
 from artifacts.refs import ArtifactRef
 from tasks.graph import Unit, export_unit
 from tasks.session import Session
-from vlm.training.device import check_device
+from vlm.training.device import check_device, num_local_processes
 
 HIT, MISS, FORCED, PENDING = "hit", "miss", "forced", "pending"
 
@@ -74,6 +74,7 @@ def check_inputs(session: Session) -> None:
         VlmError: What is wrong, and the remedy.
     """
     check_device(session.config.training, session.resolved.device)
+    num_local_processes(session.config.generation.num_processes, session.resolved.device, "generation.num_processes")
     session.check_sources()
     export = session.config.export
     if export.types and export.destination is not None and export.destination.startswith("hf://"):

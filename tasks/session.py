@@ -25,7 +25,7 @@ from artifacts.store import Store
 from tasks.graph import STEPS, Json, Resolved, Unit, units_for
 from vlm.cache import cache_directory
 from vlm.config import ModelConfig, RunConfig
-from vlm.errors import VlmError
+from vlm.errors import ResourceError, VlmError
 from vlm.loading.device import detect_device, resolve_precision, resolve_quantization
 from vlm.progress import counting_bytes
 
@@ -36,6 +36,9 @@ _log = logging.getLogger("artifacts")
 
 Outputs = dict[str, ArtifactRef]
 Build = Callable[[Path, Mapping[str, Path]], Json]
+
+# How long a machine that took part waits for another one to publish what came out.
+_PUBLISHING_SECONDS = 1800
 
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "pillow", "vision-finetune")
 
@@ -270,6 +273,44 @@ class Session:
         if self._pin is None:
             self._pin = self._exit.enter_context(self.store.pin())
         self._pin.add(*outputs.values())
+
+    def take_part(
+        self, name: str, inputs: Mapping[str, ArtifactRef], work: Callable[[Path, Mapping[str, Path]], object]
+    ) -> UnitResult:
+        """Does this machine's part of a unit that another one publishes, and waits for the result.
+
+        Args:
+            name: The unit.
+            inputs: The artifacts that it reads, by name.
+            work: As `build` of `run`; what it leaves behind is not kept.
+
+        Returns:
+            The unit's result.
+
+        Raises:
+            ResourceError: The result did not come, as when the machines have different stores.
+        """
+        unit = self.unit(name)
+        key = step_key(self.document(unit, inputs))
+        started = time.monotonic()
+        result = None if unit.step in self.forced else self._lookup(unit, key)
+        if result is None:
+            before = self.store.lookup(unit.name, key)
+            with self.store.staging() as stage:
+                work(stage, {name: self.local(ref) for name, ref in inputs.items()})
+            done = time.monotonic()
+            while (record := self.store.lookup(unit.name, key)) is None or record == before:
+                if time.monotonic() - done > _PUBLISHING_SECONDS:
+                    raise ResourceError(
+                        f"this machine did its part of {name}, but within {_PUBLISHING_SECONDS} s no result came into"
+                        f" {self.config.runtime.store!r}; give all machines the same runtime.store, and look at machine 0's log"
+                    )
+                time.sleep(1)
+            wall_seconds = time.monotonic() - started
+            result = UnitResult(unit.name, key, dict(record.outputs), False, wall_seconds, dict(record.info))
+        self._hold(result.outputs)
+        self.results[unit.name] = result
+        return result
 
     def _lookup(self, unit: Unit, key: str) -> UnitResult | None:
         record = self.store.lookup(unit.name, key)

@@ -9,6 +9,7 @@ from artifacts.refs import ArtifactRef
 from tasks.graph import Json
 from tasks.session import Session
 from tasks.step import finish, step
+from vlm.training.device import num_local_processes
 
 
 @step
@@ -19,6 +20,11 @@ def training_mode(session: Session, checkpoint: ArtifactRef, adapter: ArtifactRe
         from vlm.training.plan import make_plan
 
         run = session.resolved
+        several = run.config.training.distributed
+        num_spread = 1
+        if several.strategy == "fsdp2":
+            name = "training.distributed.num_processes"
+            num_spread = num_local_processes(several.num_processes, run.device, name) * several.num_machines
         return make_plan(
             inputs["dataset"],
             inputs["checkpoint"],
@@ -27,6 +33,7 @@ def training_mode(session: Session, checkpoint: ArtifactRef, adapter: ArtifactRe
             stage / "plan",
             device=run.device,
             dtype=run.precision,
+            num_spread=num_spread,
         ).to_json()
 
     inputs = {"checkpoint": checkpoint, "adapter": adapter, "dataset": dataset}

@@ -18,7 +18,7 @@ from vlm.config import GenerationConfig
 from vlm.data.prepared import PreparedDataset, PreparedRow
 from vlm.data.splits import SPLITS
 from vlm.errors import DataError, ResourceError
-from vlm.evaluation.predictions import Prediction, PredictionsSummary, write_predictions
+from vlm.evaluation.predictions import Prediction, PredictionsSummary, summarise_predictions, write_predictions
 from vlm.families.pixels import PixelBytes
 from vlm.generation_batches import RowCosts, batches, memory_budget
 from vlm.lora.attach import attached
@@ -68,31 +68,55 @@ def generate_predictions(
     """
     rows = PreparedDataset(dataset_dir, generation.split)
     num_rows = len(rows) if generation.max_rows is None else min(len(rows), generation.max_rows)
-    max_new_tokens = generation.max_new_tokens or longest_answer(dataset_dir)
     bar = progress.bar("answering" if adapter_dir else "answering (base model)", num_rows)
     try:
-        with attached(loaded, adapter_dir) as model, _images_apart(loaded):
-            done = predict(
-                model,
-                loaded.processing,
-                rows,
-                range(num_rows),
-                batch_size=generation.batch_size,
-                max_new_tokens=max_new_tokens,
-                advance=bar.update,
-            )
+        done = answer_some(
+            loaded, dataset_dir, generation, range(num_rows), adapter_dir=adapter_dir, advance=bar.update
+        )
     finally:
         bar.close()
-    summary = PredictionsSummary(
-        split=generation.split,
-        num_rows=num_rows,
-        use_adapter=adapter_dir is not None,
-        num_new_tokens=sum(row.num_new_tokens for row in done),
-        num_finished=sum(row.finish_reason == "stop" for row in done),
-    )
+    summary = summarise_predictions(done, generation.split, use_adapter=adapter_dir is not None)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_predictions(done, summary, output_dir)
     return summary
+
+
+def answer_some(
+    loaded: LoadedModel,
+    dataset_dir: Path,
+    generation: GenerationConfig,
+    numbers: Sequence[int],
+    *,
+    adapter_dir: Path | None,
+    advance: Callable[[int], Any],
+) -> list[Prediction]:
+    """Answers some rows of a split.
+
+    Args:
+        loaded: The base model; as before when this returns.
+        dataset_dir: Prepared dataset.
+        generation: Split, batch size and longest answer.
+        numbers: Row numbers.
+        adapter_dir: The trained adapter, or None for the base model's answers.
+        advance: Called with the number of rows that were just answered.
+
+    Returns:
+        Predictions in the order of `numbers`.
+
+    Raises:
+        DataError: A row has no assistant turn to leave out.
+        ResourceError: A single row does not fit into GPU memory.
+    """
+    with attached(loaded, adapter_dir) as model, _images_apart(loaded):
+        return predict(
+            model,
+            loaded.processing,
+            PreparedDataset(dataset_dir, generation.split),
+            numbers,
+            batch_size=generation.batch_size,
+            max_new_tokens=generation.max_new_tokens or longest_answer(dataset_dir),
+            advance=advance,
+        )
 
 
 def _images_apart(loaded: LoadedModel) -> AbstractContextManager[None]:

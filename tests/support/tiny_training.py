@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from tests.support.tiny_runs import batch_of
-from vlm.config import LoraConfig, TrainingConfig
+from vlm.config import DistributedConfig, EvaluationConfig, GenerationConfig, LoraConfig, TrainingConfig
 from vlm.lora.attach import attached
 from vlm.lora.build import build_adapter
 from vlm.lora.peft_model import adapter_parameters
+from vlm.training.distributed.job import Job
 from vlm.training.plan import make_plan
 from vlm.training.train import TrainingSummary, train_adapter
 
@@ -54,6 +55,26 @@ class Training:
             self.root / "out",
             work_dir=self.root / "work",
             callbacks=callbacks,
+        )
+
+    def job(self, root: Path, **distributed: Any) -> Job:
+        """The same training for several processes, with folders of its own under `root`."""
+        root.mkdir(parents=True, exist_ok=True)
+        several = DistributedConfig(**({"num_processes": 2} | distributed))
+        return Job(
+            checkpoint_dir=self.run.checkpoint_dir,
+            digest=None,
+            adapter_dir=self.root / "initial",
+            dataset_dir=self.run.dataset_dir,
+            plan_dir=self.root / "plan",
+            output_dir=root / "out",
+            work_dir=root / "work",
+            events_dir=root / "events",
+            device="cpu",
+            num_processes=2,
+            training=self.training.model_copy(update={"distributed": several}),
+            generation=GenerationConfig(),
+            evaluation=EvaluationConfig(),
         )
 
     @property

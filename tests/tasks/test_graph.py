@@ -20,11 +20,18 @@ NOT_IN_KEYS = {
     "model.precision": "what it resolves to is",
     "data.sources": "their content is",
     "training.checkpoint_every_steps": "changes no result",
+    "training.distributed.num_processes": "changes no result but for rounding; has a test of its own",
+    "training.distributed.strategy": "needs another setting, so it has a test of its own",
+    "training.distributed.num_machines": "needs another setting, so it has a test of its own",
+    "training.distributed.machine_rank": "needs another setting, so it has a test of its own",
+    "training.distributed.main_address": "needs another setting, so it has a test of its own",
+    "training.distributed.timeout_seconds": "changes no result; has a test of its own",
     "training.generate_max_rows": "has an effect with another setting only, so it has a test of its own",
     "training.keep_best": "needs another setting, so it has a test of its own",
     "training.early_stopping_patience": "needs another setting, so it has a test of its own",
     "lora.full_finetuning": "excludes all other settings of its section, so it has a test of its own",
     "evaluation.task": "the metrics that it stands for are",
+    "generation.num_processes": "changes no result but for rounding; has a test of its own",
     "generation.evaluate_base_model": "decides which units there are",
     "export.types": "decides which units there are",
     "export.destination": "a copy is no artifact",
@@ -151,6 +158,49 @@ def test_without_rounds_the_training_does_not_depend_on_the_evaluation() -> None
     same = {"evaluation": {"metrics": ["cer", "wer", "exact_match"], "slice_by": ["page"]}}
     first, second = (settings_of(RunConfig.model_validate(rounds | section)) for section in ({}, same))
     assert first["train"] == second["train"]
+
+
+def test_on_how_many_gpus_a_training_runs_changes_no_key_and_how_the_model_is_spread_only_its_own() -> None:
+    base = settings_of(RunConfig())
+    several = {"num_processes": "auto", "num_machines": 3, "machine_rank": 2, "main_address": "node0:29500"}
+    for distributed in ({"num_processes": 4}, {"timeout_seconds": 99}, several):
+        config = RunConfig.model_validate(
+            {"training": {"distributed": distributed}, "generation": {"num_processes": 2}}
+        )
+        assert settings_of(config) == base
+        (report,) = (unit for unit in units_for(config) if unit.name == "evaluate_and_save.report")
+        resolved = Resolved(config, "cpu", "float32"), Resolved(RunConfig(), "cpu", "float32")
+        assert report.settings(resolved[0]) == report.settings(resolved[1])
+    spread = settings_of(
+        RunConfig.model_validate({"training": {"distributed": {"num_processes": 4, "strategy": "fsdp2"}}})
+    )
+    assert {name for name in base if base[name] != spread[name]} == {"training_mode", "train"}
+
+
+@pytest.mark.parametrize(
+    ("distributed", "others", "message"),
+    [
+        ({"num_processes": 0}, {}, "num_processes 0 must be at least 1"),
+        ({"num_machines": 2, "main_address": "a:1", "machine_rank": 2}, {}, "machine_rank 2 must be less than"),
+        ({"num_machines": 2}, {}, "several machines need host:port"),
+        ({"main_address": "a:1"}, {}, "a single one none"),
+        ({"strategy": "fsdp2"}, {}, "no effect on one process"),
+        (None, {"training": {"generate_every_steps": 5}}, "needs a whole model in every process"),
+        (None, {"model": {"quantization": "int8"}}, "cannot be spread"),
+        (None, {"lora": {"use_dora": True}}, "reads whole 4-bit weights"),
+        (
+            None,
+            {"lora": {"full_finetuning": ["language"]}, "export": {"types": []}},
+            "set training.optimizer to 'adamw'",
+        ),
+    ],
+)
+def test_contradictions_among_several_processes_are_refused(
+    distributed: dict[str, Any] | None, others: dict[str, Any], message: str
+) -> None:
+    distributed = distributed or {"num_processes": 2, "strategy": "fsdp2"}
+    with pytest.raises(ValidationError, match=message):
+        RunConfig.model_validate(others | {"training": others.get("training", {}) | {"distributed": distributed}})
 
 
 @pytest.mark.parametrize("parts", [["vision"], ["projector"], ["vision", "projector", "language"]])

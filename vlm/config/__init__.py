@@ -1,6 +1,7 @@
 """One configuration tree; every default is written here, once."""
 
 from vlm.config.data import BUILTIN_DATASET, BoxConfig, ColumnMapping, DataConfig, SourceConfig, SplitConfig
+from vlm.config.distributed import DistributedConfig
 from vlm.config.evaluate import EvaluateConfig, SubjectConfig
 from vlm.config.evaluation import EvaluationConfig, ExportConfig, GenerationConfig
 from vlm.config.model import BUILTIN_MODEL, LoraConfig, ModelConfig
@@ -13,6 +14,7 @@ __all__ = [
     "BoxConfig",
     "ColumnMapping",
     "DataConfig",
+    "DistributedConfig",
     "EvaluateConfig",
     "EvaluationConfig",
     "ExportConfig",

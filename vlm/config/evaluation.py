@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vlm.config.base import Section
 
@@ -56,9 +56,21 @@ class GenerationConfig(Section):
         ge=1,
         description="Longest answer; None takes one and a half times the longest answer of the training rows.",
     )
+    num_processes: int | Literal["auto"] = Field(
+        1,
+        description="Processes of this machine that share the rows, one per GPU, each with a whole model; 'auto' takes every GPU"
+        " that is there. Answers are the same but for rounding.",
+    )
     evaluate_base_model: bool = Field(
         True, description="Answer with the untuned model as well, for comparison; cached apart."
     )
+
+    @field_validator("num_processes")
+    @classmethod
+    def _some_process(cls, value: int | str) -> int | str:
+        if value != "auto" and int(value) < 1:
+            raise ValueError(f"num_processes {value} must be at least 1, or 'auto'")
+        return value
 
 
 class EvaluationConfig(Section):

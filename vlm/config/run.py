@@ -79,3 +79,24 @@ class RunConfig(Section):
                 " whole model, or []"
             )
         return self
+
+    @model_validator(mode="after")
+    def _model_can_be_spread(self) -> RunConfig:
+        if self.training.distributed.strategy != "fsdp2":
+            return self
+        if self.model.quantization == "int8":
+            raise ValueError(
+                "model.quantization 'int8' cannot be spread over GPUs by training.distributed.strategy 'fsdp2'; set it to 'nf4' or"
+                " 'none', or the strategy to 'ddp'"
+            )
+        if self.lora.use_dora and self.model.quantization != "none":
+            raise ValueError(
+                f"lora.use_dora over model.quantization {self.model.quantization!r} reads whole 4-bit weights, which"
+                " training.distributed.strategy 'fsdp2' takes apart; set model.quantization to 'none', or the strategy to 'ddp'"
+            )
+        if "language" in self.lora.full_finetuning and self.training.optimizer != "adamw":
+            raise ValueError(
+                f"training.optimizer {self.training.optimizer!r} may be 8-bit AdamW, whose blocks do not follow the slices that"
+                " training.distributed.strategy 'fsdp2' cuts trained weights into; set training.optimizer to 'adamw'"
+            )
+        return self

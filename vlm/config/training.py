@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from vlm.config.base import MAX_SEED, Section
+from vlm.config.distributed import DistributedConfig
 from vlm.config.evaluation import MetricName
 from vlm.config.model import BUILTIN_MODEL
 
@@ -120,6 +121,9 @@ class TrainingConfig(Section):
         ge=1,
         description="Ends the training when what `keep_best` names did not improve so many times in a row; None never does.",
     )
+    distributed: DistributedConfig = Field(
+        DistributedConfig(), description="Step 5 on several GPUs or machines; changes no result but for rounding."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -149,6 +153,11 @@ class TrainingConfig(Section):
             name = "max_tokens_per_pack" if self.max_tokens_per_pack else "tokens_per_step"
             raise ValueError(
                 f"{name} {getattr(self, name)} has no effect without packing; leave it out or turn packing on"
+            )
+        if self.distributed.strategy == "fsdp2" and self.generate_every_steps is not None:
+            raise ValueError(
+                f"generate_every_steps {self.generate_every_steps} needs a whole model in every process, which"
+                " distributed.strategy 'fsdp2' takes apart; leave it out, or set the strategy to 'ddp'"
             )
         if self.keep_best == "none":
             if self.early_stopping_patience is not None:

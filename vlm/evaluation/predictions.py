@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +59,23 @@ class PredictionsSummary(Summary):
     """Generated tokens of all rows."""
     num_finished: int
     """Answers that the model ended itself."""
+
+
+def summarise_predictions(rows: Sequence[Prediction], split: str, *, use_adapter: bool) -> PredictionsSummary:
+    """Counts what ``predictions.json`` holds.
+
+    Args:
+        rows: All answers.
+        split: That was answered.
+        use_adapter: False for the untuned model.
+    """
+    return PredictionsSummary(
+        split=split,
+        num_rows=len(rows),
+        use_adapter=use_adapter,
+        num_new_tokens=sum(row.num_new_tokens for row in rows),
+        num_finished=sum(row.finish_reason == "stop" for row in rows),
+    )
 
 
 def write_predictions(rows: Iterable[Prediction], summary: PredictionsSummary, output_dir: Path) -> None:

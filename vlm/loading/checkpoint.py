@@ -47,13 +47,16 @@ class LoadedModel:
     digest: str | None = None
 
 
-def load_checkpoint(checkpoint_dir: Path, *, device: str, digest: str | None = None) -> LoadedModel:
+def load_checkpoint(
+    checkpoint_dir: Path, *, device: str, digest: str | None = None, on_host: bool = False
+) -> LoadedModel:
     """Loads a checkpoint that `build_checkpoint` wrote.
 
     Args:
         checkpoint_dir: Folder with `model/`, `processor/` and `checkpoint.json`; only read.
         device: ``"cpu"`` or ``"cuda"`` (the current GPU). On a CPU the model computes in float32, whatever it is stored in.
         digest: Of the folder's content, where known.
+        on_host: Leave the weights in the host's memory, for someone who moves them to the device part by part.
 
     Raises:
         ModelError: The folder is not whole.
@@ -65,7 +68,8 @@ def load_checkpoint(checkpoint_dir: Path, *, device: str, digest: str | None = N
     dtype = "float32" if device == "cpu" else description["dtype"]
     check_weights(checkpoint_dir / MODEL_FOLDER)
     processing = Processing.from_dir(checkpoint_dir / PROCESSOR_FOLDER)
-    model = load_model(checkpoint_dir / MODEL_FOLDER, family, device=device, dtype=dtype)
+    place = "cpu" if on_host else device
+    model = load_model(checkpoint_dir / MODEL_FOLDER, family, device=place, dtype=dtype)
     return LoadedModel(model, processing, family, device, dtype, checkpoint_dir, digest)
 
 

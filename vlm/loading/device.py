@@ -42,6 +42,11 @@ def detect_device(requested: str) -> Device:
     return "cpu"
 
 
+def count_gpus() -> int:
+    """GPUs that the driver shows, of those that CUDA_VISIBLE_DEVICES leaves."""
+    return _driver_devices()[0]
+
+
 def resolve_precision(precision: Precision, device: str) -> str:
     """Settles ``"auto"``: bfloat16 on a GPU that has it, float16 on an older one, float32 on a CPU.
 

@@ -82,7 +82,10 @@ def training_arguments(
         report_to=list(report_to) or "none",
         disable_tqdm=True,
     )
-    return SFTConfig(**settings)
+    arguments = SFTConfig(**settings)
+    # Where there are more GPUs than this process uses, the stock trainer would spread a model over all of them.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def num_workers() -> int:

@@ -40,12 +40,15 @@ class KeepBest(TrainerCallback):
         training: With `keep_best` and `early_stopping_patience`.
         work_dir: Receives the tensors.
         save: Writes the adapter's tensors to a file.
+        writes: False in a process that leaves files to another; it calls `save` all the same.
 
     Attributes:
         figure: Name of the logged figure that is compared.
     """
 
-    def __init__(self, training: TrainingConfig, work_dir: Path, save: Callable[[Path], None]) -> None:
+    def __init__(
+        self, training: TrainingConfig, work_dir: Path, save: Callable[[Path], None], *, writes: bool = True
+    ) -> None:
         name = training.keep_best
         assert name != "none"
         self.figure = "eval_loss" if name == "loss" else ROUND_PREFIX + name
@@ -53,6 +56,7 @@ class KeepBest(TrainerCallback):
         self._patience = training.early_stopping_patience
         self._path = work_dir / WEIGHTS_FILE
         self._save = save
+        self._writes = writes
         self._state = _State()
 
     @property
@@ -103,7 +107,7 @@ class KeepBest(TrainerCallback):
             folder: Of a complete checkpoint.
         """
         self._state = _State(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-        if self._state.step is not None:
+        if self._state.step is not None and self._writes:
             self._path.unlink(missing_ok=True)
             _link(folder / WEIGHTS_FILE, self._path)
 
@@ -125,7 +129,8 @@ class KeepBest(TrainerCallback):
         # Of equal ones the latest: a metric that is zero for long must not keep an adapter that learnt nothing.
         draft = self._path.with_name(f".{WEIGHTS_FILE}")
         self._save(draft)
-        os.replace(draft, self._path)
+        if self._writes:
+            os.replace(draft, self._path)
         self._state = _State(step, value, num_without_improvement)
 
     def _stop(self, control: Any) -> Any:

@@ -7,7 +7,7 @@ slice starts at a multiple of the 8-bit state's blocks, which so never mix two m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,23 @@ class FlatParameters:
             hook = self._hooks.pop(parameter, None)
             if hook is not None:
                 hook.remove()
+
+    @property
+    def wholes(self) -> list[Tensor]:
+        """The long tensors of all gradients, one per group."""
+        return self._gradients
+
+    def merge(self, add: Callable[[Sequence[float]], Sequence[float]]) -> None:
+        """Notes the parameters that have a gradient in some other process.
+
+        Args:
+            add: Sums numbers over all processes.
+        """
+        own = list(self.gradients)
+        counts = add([float(parameter in self._seen) for parameter in own])
+        self.mark(parameter for parameter, count in zip(own, counts, strict=True) if count)
+        for group, parameters in zip(self._optimizer.param_groups, self._parameters, strict=True):
+            group[SEEN] = [had or own in self._seen for had, own in zip(group[SEEN], parameters, strict=True)]
 
     def _flatten(self, parameters: Sequence[Any]) -> torch.nn.Parameter:
         first = parameters[0]

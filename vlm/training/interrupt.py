@@ -51,13 +51,16 @@ class StopFlag:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._restore()
+        if self.signum is not None and kind is None:
+            # It came too late for the block to act on it; whoever handled it before shall do so now.
+            signal.raise_signal(self.signum)
+
+    def _restore(self) -> None:
         for signum, handler in self._previous.items():
             # A handler that was not set from Python reads as None and cannot be put back.
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
-        if self.signum is not None and kind is None:
-            # It came too late for the block to act on it; whoever handled it before shall do so now.
-            signal.raise_signal(self.signum)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if signum == self.signum == signal.SIGINT:

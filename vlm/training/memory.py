@@ -53,6 +53,10 @@ _CROSS_KEY_UNITS, _CROSS_GRADIENT_UNITS, _CROSS_TEXT_UNITS = 4.0, 3.0, 2.0
 _FEATURE_GRADIENTS = 2
 # The share of the activation estimate that no run has been seen to stay under.
 _CERTAIN_SHARE = 0.7
+# Of a weight in NF4: half a byte, and its share of the scales.
+NF4_BYTES = 0.53
+# Layers that are whole at once where they are spread over GPUs: the one that computes and the one that is fetched.
+_WHOLE_LAYERS = 2
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}
 
 
@@ -255,6 +259,38 @@ def towers(config: Mapping[str, Any], family: Family) -> tuple[Tower, Tower, int
         for word, pattern in (("gate", family.vision_mlp), ("qkv", family.vision_attention))
     )
     return language, Tower(depth, width, inner, width, gated, joint), merge_size**2
+
+
+def kept_of_spread(
+    language: Tower,
+    num_spread: int,
+    *,
+    weights_bytes: int,
+    num_trainable: int,
+    stored_bytes: float,
+    trains_layers: bool,
+) -> tuple[int, int]:
+    """What one GPU holds where the language model's layers are spread over several.
+
+    Args:
+        language: The language model.
+        num_spread: GPUs.
+        weights_bytes: Of all frozen weights.
+        num_trainable: Trained parameters.
+        stored_bytes: Of one frozen weight of a layer.
+        trains_layers: Whether the layers' own weights learn, in float32; else they are frozen.
+
+    Returns:
+        `weights_bytes` and `num_trainable` of one GPU, layers that are whole for a while among the former.
+    """
+    in_layers = language.num_layers * language.layer_weights
+    gone = 1 - 1 / num_spread
+    if trains_layers:
+        # Weights and gradients of whole layers.
+        whole = _WHOLE_LAYERS * language.layer_weights * 8
+        return weights_bytes + whole, int(num_trainable - gone * min(num_trainable, in_layers))
+    whole = int(_WHOLE_LAYERS * language.layer_weights * stored_bytes)
+    return int(weights_bytes - gone * min(weights_bytes, in_layers * stored_bytes)) + whole, num_trainable
 
 
 def estimate_memory(

@@ -24,7 +24,7 @@ from vlm.families import Family, family_by_name
 from vlm.summary import Summary
 from vlm.training.activation import ActivationPlan, choose_activations
 from vlm.training.device import check_device
-from vlm.training.memory import MemoryEstimate, estimate_memory, towers
+from vlm.training.memory import NF4_BYTES, MemoryEstimate, estimate_memory, kept_of_spread, towers
 from vlm.training.rates import check_rates
 from vlm.training.steps import PackLimits, full_pack_size, plan_batches, plan_full_packs, plan_packs
 
@@ -102,6 +102,7 @@ def make_plan(
     *,
     device: str,
     dtype: str,
+    num_spread: int = 1,
 ) -> PlanSummary:
     """Plans a training and refuses what cannot fit.
 
@@ -113,6 +114,7 @@ def make_plan(
         output_dir: Receives both files; made if it is not there.
         device: ``cpu`` or ``cuda``.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        num_spread: GPUs that the language model's layers are spread over.
 
     Returns:
         The content of ``plan.json``.
@@ -146,13 +148,24 @@ def make_plan(
     if adapter.get("full_finetuning"):
         # Those weights make room for their float32 copies, which are counted with the optimiser.
         weights_bytes -= min(weights_bytes, adapter["num_trainable_parameters"] * _VALUE_BYTES[dtype])
+    language, vision, _ = towers(config, family)
+    num_trainable = adapter["num_trainable_parameters"]
+    if num_spread > 1:
+        weights_bytes, num_trainable = kept_of_spread(
+            language,
+            num_spread,
+            weights_bytes=weights_bytes,
+            num_trainable=num_trainable,
+            stored_bytes=NF4_BYTES if "quantization_config" in config else _VALUE_BYTES[dtype],
+            trains_layers="language" in adapter.get("full_finetuning", ()),
+        )
 
     def estimate(length_tokens: int, num_visual_tokens: int, activations: ActivationPlan) -> MemoryEstimate:
         return estimate_memory(
             config,
             family,
             weights_bytes=weights_bytes,
-            num_trainable=adapter["num_trainable_parameters"],
+            num_trainable=num_trainable,
             trains_vision="vision" in trained_parts,
             length_tokens=length_tokens,
             num_visual_tokens=num_visual_tokens,
@@ -187,7 +200,6 @@ def make_plan(
         costliest = int(np.argmax(costs(sizes, visual_of_batch, ActivationPlan(0, 0)).max(1)))
         largest = int(sizes[costliest]), int(visual_of_batch[costliest])
     device_memory = _device_memory_bytes(device)
-    language, vision, _ = towers(config, family)
     activations = choose_activations(
         training.activation_memory,
         num_vision_layers=vision.num_layers if "vision" in trained_parts else 0,
@@ -195,7 +207,8 @@ def make_plan(
         expected_bytes=lambda plan: estimate(*largest, plan).reserved_bytes,
         device_memory_bytes=None if device_memory is None else device_memory - _CUDA_CONTEXT_BYTES,
         embedding_can_move=_embedding_can_move(config, adapter),
-        graphs=device == "cuda" and training.cuda_graphs,
+        # Spread weights have no fixed address.
+        graphs=device == "cuda" and training.cuda_graphs and num_spread == 1,
         launch_bound=language.slot_bytes(largest[0], _VALUE_BYTES[dtype]) > 0,
     )
     if packing:

@@ -54,7 +54,7 @@ class TrainingSummary(Summary):
 
 def write_results(
     history: Sequence[dict[str, Any]],
-    output_dir: Path,
+    output_dir: Path | None,
     *,
     num_steps: int,
     resumed_from_step: int | None,
@@ -69,7 +69,7 @@ def write_results(
 
     Args:
         history: The trainer's `state.log_history`.
-        output_dir: An existing folder.
+        output_dir: An existing folder; None writes nothing.
         num_steps: Of the whole training.
         resumed_from_step: Where this run took over, or None.
         wall_seconds: Of this run.
@@ -80,9 +80,10 @@ def write_results(
         best_value: What made it the best.
     """
     lines = history_lines(history)
-    with (output_dir / METRICS_FILE).open("w", encoding="utf-8", newline="\n") as handle:
-        for line in lines:
-            handle.write(json.dumps(line, sort_keys=True) + "\n")
+    if output_dir is not None:
+        with (output_dir / METRICS_FILE).open("w", encoding="utf-8", newline="\n") as handle:
+            for line in lines:
+                handle.write(json.dumps(line, sort_keys=True) + "\n")
 
     def last(name: str) -> float | None:
         return next((line[name] for line in reversed(lines) if name in line), None)
@@ -111,9 +112,19 @@ def write_results(
         peak_memory_bytes=peak,
         parameters_without_gradient=sorted(parameters_without_gradient),
     )
-    text = json.dumps(summary.to_json(), indent=2, sort_keys=True) + "\n"
-    (output_dir / SUMMARY_FILE).write_text(text, encoding="utf-8", newline="\n")
+    if output_dir is not None:
+        text = json.dumps(summary.to_json(), indent=2, sort_keys=True) + "\n"
+        (output_dir / SUMMARY_FILE).write_text(text, encoding="utf-8", newline="\n")
     return summary
+
+
+def read_summary(training_dir: Path) -> TrainingSummary:
+    """Reads ``training.json``.
+
+    Args:
+        training_dir: Folder that it lies in.
+    """
+    return TrainingSummary(**json.loads((training_dir / SUMMARY_FILE).read_text(encoding="utf-8")))
 
 
 def history_lines(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from vlm.config import EvaluationConfig, GenerationConfig, TrainingConfig
 from vlm.config.evaluation import MetricName
 from vlm.data.prepared import PreparedDataset
+from vlm.evaluation.predictions import Prediction
 from vlm.evaluation.scores import corpus_values, score_rows
 from vlm.generate import longest_answer, predict
 from vlm.training.results import ROUND_PREFIX
@@ -21,6 +23,7 @@ from vlm.training.results import ROUND_PREFIX
 if TYPE_CHECKING:
     from vlm.processing import Processing
     from vlm.training.callbacks import Pace
+    from vlm.training.distributed.ranks import Ranks
 
 
 class AnswerRounds(TrainerCallback):
@@ -34,6 +37,7 @@ class AnswerRounds(TrainerCallback):
         generation: Batch size and longest answer.
         evaluation: Metrics and normalisation.
         pace: Does not count the time spent here.
+        ranks: This process among several, which share the rows; None where it is alone.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class AnswerRounds(TrainerCallback):
         generation: GenerationConfig,
         evaluation: EvaluationConfig,
         pace: Pace,
+        ranks: Ranks | None = None,
     ) -> None:
         assert training.generate_every_steps is not None
         self._model, self._processing = model, processing
@@ -56,6 +61,7 @@ class AnswerRounds(TrainerCallback):
         self._evaluation = evaluation
         self._names = round_metrics(training, evaluation)
         self._pace = pace
+        self._ranks = ranks
         self._log: Callable[[dict[str, float]], None] | None = None
         self._autocast: Callable[[], AbstractContextManager[Any]] | None = None
 
@@ -85,15 +91,21 @@ class AnswerRounds(TrainerCallback):
         assert self._log is not None
         assert self._autocast is not None
         started = time.perf_counter()
+        own = self._numbers if self._ranks is None else self._numbers[self._ranks.rank :: self._ranks.size]
         with self._autocast():
             answers = predict(
                 self._model,
                 self._processing,
                 self._rows,
-                self._numbers,
+                own,
                 batch_size=self._batch_size,
                 max_new_tokens=self._max_new_tokens,
             )
+        if self._ranks is not None:
+            parts = [
+                [Prediction(**answer) for answer in part] for part in self._ranks.gather(list(map(asdict, answers)))
+            ]
+            answers = [parts[place % len(parts)][place // len(parts)] for place in range(len(self._numbers))]
         values = corpus_values(score_rows(answers, self._evaluation, self._names))
         self._log({ROUND_PREFIX + name: value for name, value in zip(self._names, values, strict=True)})
         self._pace.leave_out(time.perf_counter() - started)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vlm.config import EvaluationConfig, GenerationConfig, TrainingConfig
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, ResourceError
 from vlm.lora.attach import attach_adapter, detach_adapter
 from vlm.lora.peft_model import (
     CONFIG_FILE,
@@ -28,6 +28,8 @@ from vlm.lora.peft_model import (
 )
 from vlm.training import checkpoints
 from vlm.training.activation import ActivationPlan
+from vlm.training.collator import IGNORED
+from vlm.training.distributed.dealing import dealt_batches, dealt_packs, shares
 from vlm.training.interrupt import StopFlag, TrainingInterrupted
 from vlm.training.plan import BATCHES_FILE, PLAN_FILE, PlanSummary, read_plan
 from vlm.training.results import ROUND_PREFIX, TrainingSummary, write_results
@@ -38,9 +40,13 @@ if TYPE_CHECKING:
     from vlm.data.prepared import PreparedDataset
     from vlm.loading.checkpoint import LoadedModel
     from vlm.training.best import KeepBest
+    from vlm.training.distributed.ranks import Ranks
+    from vlm.training.distributed.sharding import Sharded
     from vlm.training.rounds import AnswerRounds
     from vlm.training.trainer import AdapterTrainer
 
+# 8-bit states come in blocks that slices do not follow, and a loss scale must be the same in all processes.
+_ON_SLICES = (("adamw", "float32"), ("adamw", "bfloat16"))
 _DESCRIPTION_FILES = (WEIGHTS_FILE, CONFIG_FILE, TARGETS_FILE)
 
 
@@ -57,6 +63,7 @@ def train_adapter(
     evaluation: EvaluationConfig | None = None,
     callbacks: Sequence[Any] = (),
     report_to: Sequence[str] = (),
+    ranks: Ranks | None = None,
 ) -> TrainingSummary:
     """Trains.
 
@@ -72,6 +79,8 @@ def train_adapter(
         evaluation: How those answers are scored; None for the defaults.
         callbacks: More transformers `TrainerCallback`s.
         report_to: Names of transformers' own integrations.
+        ranks: This process among several that train together, all of which call this and the first of which writes; None
+            where it is alone.
 
     Returns:
         The content of ``training.json``.
@@ -113,18 +122,29 @@ def train_adapter(
             "plan": plan_dir / PLAN_FILE,
             "batches": plan_dir / BATCHES_FILE,
             **{name: adapter_dir / name for name in _DESCRIPTION_FILES if (adapter_dir / name).is_file()},
-            "training": training.model_dump_json(exclude={"checkpoint_every_steps", "log_every_steps"}),
+            "training": training.model_dump_json(exclude={"checkpoint_every_steps", "log_every_steps", "distributed"}),
         }
     )
     if loaded.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    resume = checkpoints.newest_complete(work_dir, identity)
-    checkpoints.remove_others(work_dir, keep=resume[1] if resume else None)
+    resume = _checkpoint(work_dir, identity, ranks)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        flag = stack.enter_context(StopFlag())
+        flag = stack.enter_context(StopFlag() if ranks is None else ranks.stop)
         peft_model = attach_adapter(loaded, adapter_dir, trainable=True)
-        stack.callback(detach_adapter, peft_model)
+        sharded = None
+        if ranks is not None and training.distributed.strategy == "fsdp2":
+            from vlm.training.distributed.sharding import Sharded
+
+            # For the rest of this process's life.
+            sharded = Sharded(peft_model, loaded.family, loaded.device, ranks)
+            if sharded.trains_slices and (plan.optimizer, plan.dtype) not in _ON_SLICES:
+                raise ConfigError(
+                    f"optimizer {plan.optimizer!r} in {plan.dtype} does not work on slices of weights, which"
+                    " training.distributed.strategy 'fsdp2' makes; set training.optimizer to 'adamw' and model.precision to 'bfloat16'"
+                )
+        else:
+            stack.callback(detach_adapter, peft_model)
         trainer, rounds, best = _trainer(
             loaded,
             peft_model,
@@ -141,6 +161,8 @@ def train_adapter(
             report_to=report_to,
             stack=stack,
             first_step=resume[0] if resume else 0,
+            ranks=ranks,
+            sharded=sharded,
         )
         if best is not None and resume is not None:
             best.restore(resume[1])
@@ -156,19 +178,22 @@ def train_adapter(
                 rounds.run()
         if flag.signum is not None:
             raise TrainingInterrupted(last_step, flag.signum)
-        for name in ("adapter", "training"):
-            (output_dir / name).mkdir(parents=True, exist_ok=True)
-        if best is not None:
+        writes = ranks is None or ranks.rank == 0
+        if writes:
+            for name in ("adapter", "training"):
+                (output_dir / name).mkdir(parents=True, exist_ok=True)
+        if best is None:
+            # All processes have a part in putting spread tensors together.
+            _save(peft_model, ranks, sharded, output_dir / "adapter" / WEIGHTS_FILE)
+        elif writes:
             best.copy_to(output_dir / "adapter" / WEIGHTS_FILE)
-        else:
-            save_tensors(peft_model, output_dir / "adapter" / WEIGHTS_FILE)
         for name in (CONFIG_FILE, TARGETS_FILE):
             # Full fine-tuning has no configuration of an adapter.
-            if (adapter_dir / name).is_file():
+            if writes and (adapter_dir / name).is_file():
                 shutil.copyfile(adapter_dir / name, output_dir / "adapter" / name)
         return write_results(
             trainer.state.log_history,
-            output_dir / "training",
+            output_dir / "training" if writes else None,
             num_steps=last_step,
             stopped_early=last_step < plan.num_steps,
             best_step=None if best is None else best.step,
@@ -178,6 +203,34 @@ def train_adapter(
             device=loaded.device,
             parameters_without_gradient=trainer.parameters_without_gradient(),
         )
+
+
+def _save(peft_model: PeftModel, ranks: Ranks | None, sharded: Sharded | None, path: Path) -> None:
+    """Writes what learns, in the first process."""
+    if sharded is not None:
+        sharded.save(path)
+    elif ranks is None or ranks.rank == 0:
+        save_tensors(peft_model, path)
+
+
+def _checkpoint(work_dir: Path, identity: str, ranks: Ranks | None) -> tuple[int, Path] | None:
+    """The checkpoint to go on from, as its step and folder; all others are removed."""
+    resume = None
+    if ranks is None or ranks.rank == 0:
+        resume = checkpoints.newest_complete(work_dir, identity)
+        checkpoints.remove_others(work_dir, keep=resume[1] if resume else None)
+    if ranks is None:
+        return resume
+    found = ranks.gather(None if resume is None else (resume[0], resume[1].name))[0]
+    if found is None:
+        return None
+    folder = work_dir / found[1]
+    if not folder.is_dir():
+        raise ResourceError(
+            f"process {ranks.rank} does not see the checkpoint {folder} that process 0 goes on from; give all machines the same"
+            " store on a file system that they share"
+        )
+    return int(found[0]), folder
 
 
 def _trainer(
@@ -197,6 +250,8 @@ def _trainer(
     report_to: Sequence[str],
     stack: ExitStack,
     first_step: int,
+    ranks: Ranks | None,
+    sharded: Sharded | None,
 ) -> tuple[AdapterTrainer, AnswerRounds | None, KeepBest | None]:
     import datasets
 
@@ -243,7 +298,8 @@ def _trainer(
     if activations.embedding_on_host:
         stack.enter_context(embedding_on_host(base))
     stacks = None
-    if activations.cuda_graphs:
+    # Spread weights have no fixed address.
+    if activations.cuda_graphs and sharded is None:
         patches = towers(base.config.to_dict(), loaded.family)[2] * np.asarray(rows.num_visual_tokens)
         stacks = graph_stacks(
             peft_model,
@@ -254,31 +310,43 @@ def _trainer(
     stack.enter_context(recomputed(base, loaded.family, activations, stacks=stacks))
     pace = Pace(*_work_of_steps(batches, lengths, plan.num_steps))
     pace.start(first_step)
-    progress = ProgressBar()
-    stack.callback(progress.close)
+    own_callbacks = []
+    if ranks is None:
+        # Whoever started several processes shows one bar for all.
+        own_callbacks.append(ProgressBar())
+        stack.callback(own_callbacks[0].close)
     stack.callback(peft_model.eval)
     rounds = best = None
     if training.generate_every_steps is not None:
-        rounds = AnswerRounds(peft_model, loaded.processing, dataset_dir, training, generation, evaluation, pace)
+        rounds = AnswerRounds(peft_model, loaded.processing, dataset_dir, training, generation, evaluation, pace, ranks)
     if training.keep_best != "none":
-        best = KeepBest(training, work_dir, partial(save_tensors, peft_model))
+        save = partial(_save, peft_model, ranks, sharded)
+        best = KeepBest(training, work_dir, save, writes=ranks is None or ranks.rank == 0)
+    validation_lengths = np.asarray(validation.num_tokens)
+    to_validate = validation_batches(validation_lengths, training.batch_size, plan)
+    if ranks is not None:
+        taken = shares(to_validate, validation_lengths, ranks.size)
+        dealt = [[to_validate[place] for place in places] for places in taken]
+        to_validate = _with_fillers(dealt, validation, sharded)[ranks.rank]
     trainer = AdapterTrainer(
         peft_model,
         training_arguments(training, plan, work_dir, report_to),
-        steps=_steps(batches, plan.num_steps),
+        steps=_steps(batches, plan, rows, ranks, sharded),
         collate=partial(_collate, collate, rows),
         lengths=lengths,
         tokenizer=loaded.processing.tokenizer,
-        validation=validation_batches(np.asarray(validation.num_tokens), training.batch_size, plan),
+        validation=to_validate,
         collate_validation=partial(_collate, collate, validation),
         identity=identity,
         pace=pace,
         split_groups=partial(split_groups, family=loaded.family, rates=rates) if rates else None,
         stacks=stacks or (),
         best=best,
+        ranks=ranks,
+        sharded=sharded,
         # A round's figures come before they are compared, and the stop flag is looked at last, so that nothing else of
         # the step is left out.
-        callbacks=[progress, *callbacks, *filter(None, (rounds, best)), StopAtStepBoundary(flag)],
+        callbacks=[*own_callbacks, *callbacks, *filter(None, (rounds, best)), StopAtStepBoundary(flag)],
     )
     if rounds is not None:
         rounds.connect(trainer.log, trainer.accelerator.autocast)
@@ -286,17 +354,38 @@ def _trainer(
 
 
 def _collate(collate: Callable[..., dict[str, Any]], rows: PreparedDataset, numbers: Sequence[int]) -> dict[str, Any]:
-    return collate([rows[number] for number in numbers])
+    if numbers[0] >= 0:
+        return collate([rows[number] for number in numbers])
+    # Complements stand for rows that are only there to be computed.
+    batch = collate([rows[~number] for number in numbers])
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
 
-def _steps(batches: Any, num_steps: int) -> Any:
-    """The plan's micro-batches by step, as the trainer's dataset."""
+def _steps(batches: Any, plan: PlanSummary, rows: PreparedDataset, ranks: Ranks | None, sharded: Sharded | None) -> Any:
+    """The plan's micro-batches by step, or this process's part of them, as the trainer's dataset."""
     import datasets
 
-    steps: list[list[list[int]]] = [[] for _ in range(num_steps)]
-    for step, rows in zip(batches["step"], batches["rows"], strict=True):
-        steps[step].append(list(rows))
-    return datasets.Dataset.from_dict({"micro_batches": steps})
+    steps: list[list[list[int]]] = [[] for _ in range(plan.num_steps)]
+    for step, numbers in zip(batches["step"], batches["rows"], strict=True):
+        steps[step].append(list(numbers))
+    if ranks is not None:
+        deal = dealt_packs if plan.packing else dealt_batches
+        lengths, visual = np.asarray(rows.num_tokens), np.asarray(rows.num_visual_tokens)
+        steps = [_with_fillers(deal(parts, lengths, visual, ranks.size), rows, sharded)[ranks.rank] for parts in steps]
+    feature = datasets.List(datasets.List(datasets.Value("int64")))
+    return datasets.Dataset.from_dict({"micro_batches": steps}, datasets.Features({"micro_batches": feature}))
+
+
+def _with_fillers(
+    dealt: list[list[list[int]]], rows: PreparedDataset, sharded: Sharded | None
+) -> list[list[list[int]]]:
+    """Equally many micro-batches for each process, where all must put the same layers together: with rows that do not count."""
+    if sharded is None or not any(dealt):
+        return dealt
+    # Without images where there is such a row, then the shortest.
+    order = np.lexsort((np.asarray(rows.num_tokens), np.asarray(rows.num_visual_tokens)))
+    most = max(map(len, dealt))
+    return [parts + [[~int(order[0])]] * (most - len(parts)) for parts in dealt]
 
 
 def validation_batches(lengths: np.ndarray, batch_size: int, plan: PlanSummary) -> list[list[int]]:

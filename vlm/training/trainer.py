@@ -10,6 +10,8 @@ done. What differs from the stock trainer, and why:
   micro-batches; logits are made a few rows at a time, and for supervised tokens only (`vlm.training.loss`).
 - validation loss is weighted by tokens, not by batches.
 - checkpoints hold the adapter's tensors only, are read back by our strict loader, and count when complete.
+- several processes train as one (`vlm.training.distributed`): each is a trainer that knows of no other until a step's
+  gradients are summed, so what runs on one GPU is what runs on many.
 - a quantised base does not turn the adapter to bfloat16 (TRL's default), where small updates get lost.
 """
 
@@ -24,17 +26,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, ResourceError
 from vlm.families.pixels import PixelBytes
 from vlm.lora.peft_model import WEIGHTS_FILE, adapter_parameters, base_model, load_tensors, save_tensors
 from vlm.training import checkpoints
@@ -42,9 +45,14 @@ from vlm.training.best import KeepBest
 from vlm.training.callbacks import Pace
 from vlm.training.capture import Stack
 from vlm.training.collator import IGNORED
+from vlm.training.distributed.combine import combine_step
+from vlm.training.distributed.ranks import Ranks, is_spread
 from vlm.training.flat import FlatParameters
 from vlm.training.loss import add_supervised_loss
 from vlm.training.shrinking import Shrinking
+
+if TYPE_CHECKING:
+    from vlm.training.distributed.sharding import LocalShards, Sharded
 
 Rows = Sequence[int]
 _LOGGER = logging.getLogger(__name__)
@@ -67,6 +75,9 @@ class AdapterTrainer(SFTTrainer):
         split_groups: Changes the optimiser's parameter groups before its first step, given their names.
         stacks: Where the model's layers keep CUDA graphs.
         best: Keeps the best adapter, and is one of the callbacks; its state goes into the checkpoints.
+        ranks: This process among several, which have the same steps but for the micro-batches in them and the validation
+            batches; None where it is alone.
+        sharded: Set where the model is spread over the processes.
         callbacks: More `TrainerCallback`s.
     """
 
@@ -86,9 +97,16 @@ class AdapterTrainer(SFTTrainer):
         split_groups: Callable[[list[dict[str, Any]], dict[Any, str]], list[dict[str, Any]]] | None = None,
         stacks: Sequence[Stack] = (),
         best: KeepBest | None = None,
+        ranks: Ranks | None = None,
+        sharded: Sharded | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
         self._best = best
+        self._ranks = ranks
+        self._sharded = sharded
+        self._shards: LocalShards | None = None
+        self._gathered: tuple[dict[str, torch.Tensor], dict[str, Any] | None] | None = None
+        self._have_met = False
         self._stacks = stacks
         self._flat: FlatParameters | None = None
         self._validation = validation
@@ -102,14 +120,18 @@ class AdapterTrainer(SFTTrainer):
         self._pace = pace
         self._split_groups = split_groups
         self._right: list[tuple[torch.Tensor, torch.Tensor]] = []
-        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        trained = [
+            (parameter, parameter.data)
+            for parameter in model.parameters()
+            if parameter.requires_grad and not is_spread(parameter)
+        ]
         super().__init__(
             model=model,
             args=args,
             data_collator=partial(_collate_step, collate),
             train_dataset=steps,
             # Only its presence counts; `evaluate` below does the work.
-            eval_dataset=steps.select(range(1)) if validation else None,
+            eval_dataset=steps.select(range(1)) if validation or args.eval_strategy != "no" else None,
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
@@ -140,6 +162,13 @@ class AdapterTrainer(SFTTrainer):
         """
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        if made and self._sharded is not None:
+            from vlm.training.distributed.sharding import restore_groups
+
+            # Some versions of the stock trainer split them where some parameters are spread.
+            restore_groups(
+                optimizer, self._peft_model, self.get_decay_parameter_names(self._peft_model), self.args.weight_decay
+            )
         if made and self._split_groups is not None:
             names = {parameter: name for name, parameter in self._peft_model.named_parameters()}
             optimizer.param_groups[:] = self._split_groups(optimizer.param_groups, names)
@@ -147,6 +176,10 @@ class AdapterTrainer(SFTTrainer):
             self._flat = FlatParameters(optimizer)
             for stack in self._stacks:
                 stack.flat = self._flat
+        if made and self._ranks is not None and self._sharded is not None and not self._is_adapter():
+            from vlm.training.distributed.sharding import LocalShards
+
+            self._shards = LocalShards(optimizer, self._sharded, self._ranks)
         return optimizer
 
     def _is_adapter(self) -> bool:
@@ -159,9 +192,13 @@ class AdapterTrainer(SFTTrainer):
         """Names of trained parameters that never had a gradient, over all of a resumed training."""
         parameters = adapter_parameters(self._peft_model)
         if self._flat is not None:
+            if self._ranks is not None:
+                self._flat.merge(self._ranks.sum)
             return self._flat.without_gradient(parameters)
         # Optimisers keep no state for them, and a resumed training gets the state back.
         assert self.optimizer is not None, "made when training began"
+        if self._shards is not None:
+            return self._shards.without_state(parameters)
         return [name for name, parameter in parameters.items() if not self.optimizer.state.get(parameter)]
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
@@ -190,7 +227,14 @@ class AdapterTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         micro_batches = [micro_batch for step in batch_samples for micro_batch in step["micro_batches"]]
-        return super()._get_num_items_in_batch(micro_batches, device)
+        if self._ranks is None:
+            return super()._get_num_items_in_batch(micro_batches, device)
+        if not self._have_met:
+            # What is compiled or read first may take one process much longer than another.
+            self._ranks.wait()
+            self._have_met = True
+        own = sum(int((micro_batch["labels"][:, 1:] != IGNORED).sum()) for micro_batch in micro_batches)
+        return torch.tensor(int(self._ranks.agree([own])[0]), device=device)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The next step's batch, and how long it was waited for."""
@@ -218,6 +262,10 @@ class AdapterTrainer(SFTTrainer):
             ResourceError: A single row does not fit into memory.
         """
         rows, micro_batches = inputs["rows"], inputs["micro_batches"]
+        if self._ranks is not None:
+            # Dropout that no two processes share, and that a resumed training draws again.
+            seeds = np.random.SeedSequence([self.args.seed, self.state.global_step, self._ranks.rank])
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
         while True:
             parts = self._shrinking.parts(rows)
             if parts != rows:
@@ -231,12 +279,19 @@ class AdapterTrainer(SFTTrainer):
                 try:
                     with nullcontext() if last else self.accelerator.no_sync(model):
                         total = total + super().training_step(model, dict(micro_batch), num_items_in_batch)
-                except torch.OutOfMemoryError:
+                except torch.OutOfMemoryError as error:
+                    if self._sharded is not None:
+                        # The others are in the middle of a pass that they cannot finish without this one.
+                        raise ResourceError(
+                            f"process {self._ranks.rank if self._ranks else 0} ran out of GPU memory in step"
+                            f" {self.state.global_step + 1} ({error}); lower training.max_tokens_per_pack, or set"
+                            " training.activation_memory to 'recompute' or 'offload'"
+                        ) from error
                     # Left before anything else is done: the error holds the tensors of the failed pass.
                     failed = number
                     break
             if failed is None:
-                return total
+                return total if self._ranks is None else self._combined(self._ranks, total, num_counts)
             model.zero_grad(set_to_none=True)
             del self._right[num_counts:]
             if self._drop_graphs():
@@ -244,6 +299,41 @@ class AdapterTrainer(SFTTrainer):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._shrinking.halve(rows[failed], self.state.global_step)
+
+    def _combined(self, ranks: Ranks, total: Any, num_counts: int) -> torch.Tensor:
+        """Makes the step's gradients and figures those of all processes.
+
+        Args:
+            ranks: This process among the others.
+            total: Its part of the step's loss.
+            num_counts: Entries of `_right` before this step.
+
+        Returns:
+            The step's loss.
+        """
+        device = self.args.device
+        if self.accelerator.scaler is not None:
+            # It is made when it is first used, which in a process without a micro-batch would be too late.
+            self.accelerator.scaler.scale(torch.zeros((), device=device))
+        counts = [torch.stack([count.to(device) for count in pair]) for pair in self._right[num_counts:]]
+        figures = torch.zeros(3, dtype=torch.float64, device=device)
+        figures[0] = total
+        figures[1:] = sum(counts, start=torch.zeros(2, dtype=torch.int64, device=device))
+        combine_step(ranks, self._peft_model, figures, None if self._flat is None else self._flat.wholes)
+        if self._shards is not None:
+            self._shards.take()
+        self._right[num_counts:] = [(figures[1], figures[2])]
+        return figures[0].float()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self._shards is not None:
+            return self._shards.clip(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self._shards is not None and grad_norm is None:
+            return self._shards.clip(math.inf)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _drop_graphs(self) -> bool:
         """Gives up CUDA graphs, whose memory nothing else can use; False where there are none."""
@@ -263,8 +353,8 @@ class AdapterTrainer(SFTTrainer):
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        total, num_tokens = 0.0, 0
-        for batch in _one_ahead(self._collate_validation, self._validation):
+        total, num_tokens = 0.0, 0.0
+        for batch in _one_ahead(self._collate_validation, self._validation) if self._validation else ():
             num_batch = int((batch["labels"][:, 1:] != IGNORED).sum())
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -273,6 +363,8 @@ class AdapterTrainer(SFTTrainer):
                 )
             total += float(mean) * num_batch
             num_tokens += num_batch
+        if self._ranks is not None:
+            total, num_tokens = self._ranks.sum([total, num_tokens])
         metrics = {f"{metric_key_prefix}_loss": total / max(num_tokens, 1)}
         self._right.clear()
         self.log(metrics)
@@ -301,7 +393,24 @@ class AdapterTrainer(SFTTrainer):
         """Writes the adapter's tensors."""
         folder = Path(output_dir) if output_dir else self._work_dir
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(self._peft_model, folder / WEIGHTS_FILE)
+        if self._gathered is not None:
+            save_file(self._gathered[0], folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        else:
+            save_tensors(self._peft_model, folder / WEIGHTS_FILE)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._gathered is not None and self._gathered[1] is not None:
+            # In place of this process's slices: the form that a training on any number of processes resumes from.
+            torch.save(self._gathered[1], Path(output_dir) / OPTIMIZER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._shards is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self._shards.load(torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def take_over(self, folder: Path) -> None:
         """Puts a training where a checkpoint left it, without going on.
@@ -316,10 +425,26 @@ class AdapterTrainer(SFTTrainer):
         self._load_optimizer_and_scheduler(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_tensors(self._peft_model, Path(resume_from_checkpoint) / WEIGHTS_FILE)
+        path = Path(resume_from_checkpoint) / WEIGHTS_FILE
+        if self._sharded is not None:
+            self._sharded.load(path)
+        else:
+            load_tensors(self._peft_model, path)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started = time.perf_counter()
+        if self._ranks is not None and self._flat is not None:
+            self._flat.merge(self._ranks.sum)
+        if self._sharded is not None:
+            self._gathered = (self._sharded.gathered(), None if self._shards is None else self._shards.gathered())
+        if self._ranks is None or self._ranks.rank == 0:
+            self._write_checkpoint(model, trial)
+        self._gathered = None
+        if self._ranks is not None:
+            self._ranks.wait_for_first()
+        self._pace.leave_out(time.perf_counter() - started)
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
         folder = self._work_dir / f"checkpoint-{self.state.global_step}"
         if folder.exists():
             shutil.rmtree(folder)
@@ -329,7 +454,6 @@ class AdapterTrainer(SFTTrainer):
             self._best.store(folder)
         checkpoints.mark_complete(folder, self.state.global_step, self._identity)
         checkpoints.remove_others(self._work_dir, keep=folder)
-        self._pace.leave_out(time.perf_counter() - started)
 
 
 def _collate_step(collate: Callable[[Rows], dict[str, Any]], items: Sequence[Any]) -> dict[str, Any]:

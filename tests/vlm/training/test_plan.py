@@ -467,3 +467,25 @@ def test_packs_and_graphs_grow_with_the_memory(pages: Callable[..., PlanSummary]
     assert numbers == sorted(numbers, reverse=True)
     assert numbers[-1] == 1
     assert not pages(12, cuda_graphs=False).activations["cuda_graphs"]
+
+
+def test_a_spread_model_leaves_room_and_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlm.training.device import num_local_processes
+    from vlm.training.memory import Tower, kept_of_spread
+
+    tower = Tower(num_layers=10, hidden=64, intermediate=256, key_value=64)
+    in_layers = 10 * tower.layer_weights
+    # Half of the layers' bytes go, two whole layers come; the rest stays.
+    frozen = kept_of_spread(
+        tower, 2, weights_bytes=2 * in_layers + 1000, num_trainable=50, stored_bytes=2, trains_layers=False
+    )
+    assert frozen == (in_layers + 1000 + 4 * tower.layer_weights, 50)
+    trained = kept_of_spread(
+        tower, 4, weights_bytes=1000, num_trainable=in_layers + 80, stored_bytes=2, trains_layers=True
+    )
+    assert trained == (1000 + 16 * tower.layer_weights, in_layers // 4 + 80)
+    monkeypatch.setattr("vlm.training.device.count_gpus", lambda: 2)
+    assert num_local_processes("auto", "cuda", "a.b") == 2
+    assert num_local_processes("auto", "cpu", "a.b") == 1
+    with pytest.raises(ResourceError, match=r"a\.b is 3 but this machine shows 2 GPUs"):
+        num_local_processes(3, "cuda", "a.b")
