@@ -82,7 +82,7 @@ class Results:
             ConfigError: There is none.
         """
         digests = dict.fromkeys(
-            ref.digest for record in self._records if record.unit == METRICS_UNIT for ref in record.outputs.values()
+            record.outputs["metrics"].digest for record in self._records if record.unit == METRICS_UNIT
         )
         if not digests:
             raise ConfigError(f"{self.store.url} has no results yet; run the pipeline first, or name another --store")

@@ -69,8 +69,6 @@ def without_environment(words: list[str]) -> list[str]:
 def test_links_and_pictures_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
-        if target == "scaling.md":
-            continue  # a page of its own, beside these
         other = (page.parent / target).resolve() if target else page
         assert other.exists(), target
         if anchor:
@@ -81,15 +79,19 @@ def test_links_and_pictures_are_there(page: Path) -> None:
 
 
 def test_every_block_says_what_is_done_with_it_and_every_picture_is_shown() -> None:
-    everything = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "scaling.md")
+    everything = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     kinds = {(language, kind) for language, kind, _ in _BLOCK.findall(everything)}
-    assert kinds <= {("bash", "run"), ("bash", "parse"), ("yaml", "config"), ("yaml", "deployment")}
+    assert kinds <= {
+        ("bash", "run"),
+        ("bash", "parse"),
+        ("sbatch", ""),
+        ("yaml", "config"),
+        ("yaml", "deployment"),
+        ("yaml", "kubernetes"),
+    }
     shown = re.findall(r"images/([\w.]+)", "".join(page.read_text(encoding="utf-8") for page in PAGES))
     assert {path.name for path in (DOCS / "images").iterdir()} == set(shown)
-    assert {path.name for path in PAGES if any(kind == "run" for kind, _ in blocks(path, "bash"))} <= {
-        *ORDER,
-        "scaling.md",
-    }
+    assert {path.name for path in PAGES if any(kind == "run" for kind, _ in blocks(path, "bash"))} <= set(ORDER)
 
 
 def test_settings_are_settings() -> None:
@@ -98,8 +100,24 @@ def test_settings_are_settings() -> None:
             found = yaml.safe_load(text)
             if kind == "deployment":
                 found = found["parameters"]["config"]
-            if kind:
+            if kind in ("config", "deployment"):
                 RunConfig.model_validate(found)
+
+
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning")  # mlflow's, when it is imported
+def test_scripts_of_clusters_call_the_flow_with_settings_that_it_has() -> None:
+    page = DOCS / "scaling.md"
+    [(_, script)] = blocks(page, "sbatch")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    [job] = [yaml.safe_load(text)["spec"] for kind, text in blocks(page, "yaml") if kind == "kubernetes"]
+    [container] = job["template"]["spec"]["containers"]
+    for text in (script.replace("\\\n", " "), *container["args"]):
+        words = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)+)", text))
+        assert "training.distributed.machine_rank" in words
+        for word in words:
+            section: Any = RunConfig
+            for name in word.split("."):
+                section = section.model_fields[name].annotation
 
 
 def test_messages_are_those_of_the_code() -> None:
