@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,12 +48,20 @@ def working(environment: dict[str, str], cwd: Path) -> Iterator[None]:
     """A worker that takes what is scheduled."""
     command = [*PREFECT, "worker", "start", "--pool", "vision-finetune", "--type", "process"]
     with (cwd / "worker.log").open("w") as log:
-        worker = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        worker = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             yield
         finally:
             worker.terminate()
-            worker.wait(60)
+            try:
+                worker.wait(20)
+            except subprocess.TimeoutExpired:
+                # A worker that is asked while it sees to the end of a run may forget it, and would take runs of other
+                # tests.
+                os.killpg(worker.pid, signal.SIGKILL)
+                worker.wait()
 
 
 def state_of(url: str, flow_run: dict[str, Any]) -> dict[str, Any]:
