@@ -77,8 +77,8 @@ def model_card(
         ]
         lines += ["| metric | tuned | base |", "|---|---|---|"]
         for entry in figures["metrics"].values():
-            tuned, base = _figure(entry["tuned"]), _figure(entry["base"])
-            lines.append(f"| {entry['title']} ({entry['better']} is better) | {tuned} | {base} |")
+            values = f"{_figure(entry['tuned'])} | {_figure(entry['base'])}"
+            lines.append(f"| {entry['title']} ({entry['better']} is better) | {values} |")
     usage = {"lora": _LOAD_ADAPTER.format(base=_FOLDERS.get(base, base)), "gguf": _LOAD_GGUF}.get(kind, _LOAD_MERGED)
     language = "sh" if kind == "gguf" else "python"
     return "\n".join([*lines, "", f"```{language}", usage.rstrip(), "```", ""])

@@ -286,6 +286,7 @@ def test_the_lora_export_loads_with_plain_peft(tiny_run: Callable, tmp_path: Pat
     card = (tmp_path / "lora" / "README.md").read_text()
     assert "| CER (lower is better) | 0.1000 [0.0500, 0.2000] |  |" in card
     assert "library_name: peft" in card
+    assert f'from_pretrained("{json.loads((run.checkpoint_dir / "checkpoint.json").read_text())["source"]}")' in card
     assert summary.num_files == len(list((tmp_path / "lora").iterdir()))
     assert Processing.from_dir(tmp_path / "lora").family.model_type == model_type
 
