@@ -6,9 +6,9 @@
 Random weights of a real shape in NF4, LoRA r=16 on all linear layers (`--full`: 16-bit weights, all parts trained whole), packed
 rows of random pixels. Every line is a whole training in processes of its own, started as the train task starts them, over
 the same rows in the same steps of `--samples` conversations: strong scaling. For weak scaling, give `--samples-per-process`.
-The first steps, in which workers start and kernels are compiled, are left out.
+The first steps, in which workers start, kernels are compiled and graphs are recorded, are left out (`--left-out`).
 
-- samples/s: median over steps; speed-up: over the first line; efficiency: speed-up over the number of processes.
+- samples/s, tokens/s: medians over steps; speed-up: of samples/s: over the first line; efficiency: speed-up over the number of processes.
 - balance: the busiest process's tokens over the mean, as dealt; what imbalance alone costs.
 - peak: GPU memory of process 0, as PyTorch allocated it.
 - loss: of the last step; the same in all lines to rounding, or something is wrong.
@@ -53,7 +53,6 @@ from vlm.training.distributed.job import Job
 from vlm.training.distributed.launch import train_on_processes
 from vlm.training.plan import BATCHES_FILE, make_plan
 
-LEFT_OUT = 4
 ALL_PARTS = ("vision", "projector", "language")
 
 
@@ -78,6 +77,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="of a step, over all processes")
     parser.add_argument("--samples-per-process", type=int, help="in place of --samples")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--left-out", type=int, default=4, help="first steps that do not count")
     parser.add_argument("--full", action="store_true", help="full fine-tuning in place of an adapter")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,9 +109,9 @@ def main() -> None:
             f" {options.work}, {'full fine-tuning' if options.full else 'LoRA'}, {options.steps} steps\n"
         )
         print(
-            "| processes | strategy | samples/step | samples/s | speed-up | efficiency | balance | peak, GiB | loss | whole, s |"
+            "| processes | strategy | samples/step | samples/s | tokens/s | speed-up | efficiency | balance | peak, GiB | loss | whole, s |"
         )
-        print("|---" * 10 + "|")
+        print("|---" * 11 + "|")
         first = None
         for strategy, number in itertools.product(options.strategies, options.processes):
             if number == 1 and strategy != options.strategies[0]:
@@ -152,11 +152,14 @@ def main() -> None:
             whole = time.perf_counter() - started
             assert summary is not None
             lines = [json.loads(line) for line in (here / "out/training/metrics.jsonl").read_text().splitlines()]
-            speed = statistics.median(line["samples_per_second"] for line in lines[LEFT_OUT:])
+            speed, tokens = (
+                statistics.median(line[f"{unit}_per_second"] for line in lines[options.left_out :])
+                for unit in ("samples", "tokens")
+            )
             first = first or speed
             peak = summary.peak_memory_bytes
             print(
-                f"| {number} | {strategy if number > 1 else '–'} | {samples} | {speed:.2f} | {speed / first:.2f}"
+                f"| {number} | {strategy if number > 1 else '–'} | {samples} | {speed:.2f} | {tokens:.0f} | {speed / first:.2f}"
                 f" | {speed / first / number:.0%} | {balance(here / 'plan', PreparedDataset(dataset, 'train'), number):.3f}"
                 f" | {'–' if peak is None else f'{peak / 2**30:.2f}'} | {summary.final_loss:.5f} | {whole:.0f} |",
                 flush=True,

@@ -1,6 +1,5 @@
 """Two processes that train together against one that trains alone: the tests' own process and a second one, over gloo."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.conftest import PROJECT
-from tests.support.tiny_training import ALL_PARTS, At, KilledError, Training, kill
+from tests.support.tiny_training import ALL_PARTS, FIVE, UNEVEN, At, KilledError, Training, assert_same, kill
 from vlm.config import LoraConfig
 from vlm.loading.checkpoint import load_checkpoint
 from vlm.training.distributed.job import Job
@@ -26,9 +24,6 @@ from vlm.training.interrupt import TrainingInterrupted
 from vlm.training.train import TrainingSummary, train_adapter
 from vlm.training.trainer import AdapterTrainer
 
-FIVE = ("qwen2_vl", "qwen2_5_vl", "mllama", "pixtral", "deepseek_ocr")
-# Steps of three and, at the end, of one row: then a process has none. Every fourth row has no image.
-STEPS = {"epochs": 2.0, "batch_size": 3, "gradient_accumulation": 1, "evaluate_every_steps": 3}
 Pair = Callable[..., TrainingSummary]
 
 
@@ -102,31 +97,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             dist.destroy_process_group()
 
 
-def assert_same(single: Training, job: Job) -> None:
-    """Compares what came out."""
-    lines = [json.loads(line) for line in (job.output_dir / "training" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [line["step"] for line in single.metrics]
-    for own, other in zip(lines, single.metrics, strict=True):
-        # Sums of float32 terms in another order; the norm tells a wrong scale, which AdamW's steps do not show.
-        for name in {"loss", "eval_loss", "grad_norm", "mean_token_accuracy"} & set(other):
-            assert own[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)
-    found = load_file(job.output_dir / "adapter" / "adapter_model.safetensors")
-    files = job.adapter_dir / "adapter_model.safetensors"
-    initial = load_file(files) if files.is_file() else {}
-    assert set(found) == set(single.weights)
-    for name, tensor in single.weights.items():
-        # AdamW divides by the gradient's own size, so where that is all rounding (biases of keys), a step of 5e-3 is, too:
-        # no value is off by more than one, and on average they are by less than a hundredth of the way travelled.
-        difference = (found[name] - tensor).abs()
-        assert difference.max() < 5e-3, name
-        assert difference.mean() < 1e-4, name
-        if name in initial:
-            assert not torch.equal(found[name], initial[name]), name
-
-
 @pytest.mark.parametrize("model_type", FIVE)
 def test_two_processes_train_what_one_does(tiny_run: Callable, tmp_path: Path, pair: Pair, model_type: str) -> None:
-    single = Training(tiny_run(model_type), tmp_path / "single", LoraConfig(rank=4), **STEPS)
+    single = Training(tiny_run(model_type), tmp_path / "single", LoraConfig(rank=4), **UNEVEN)
     expected = single.start()
     job = single.job(tmp_path / "pair")
     summary = pair(job, single.run.loaded)
@@ -136,7 +109,7 @@ def test_two_processes_train_what_one_does(tiny_run: Callable, tmp_path: Path, p
 
 
 def test_padded_batches_rounds_of_answers_and_the_best_adapter(tiny_run: Callable, tmp_path: Path, pair: Pair) -> None:
-    settings = STEPS | {"packing": False, "generate_every_steps": 3, "generate_max_rows": 3, "keep_best": "loss"}
+    settings = UNEVEN | {"packing": False, "generate_every_steps": 3, "generate_max_rows": 3, "keep_best": "loss"}
     single = Training(tiny_run("qwen2_5_vl"), tmp_path / "single", LoraConfig(rank=4), **settings)
     expected = single.start()
     job = single.job(tmp_path / "pair")
@@ -171,7 +144,7 @@ def test_a_process_that_runs_out_of_memory_goes_on_with_smaller_packs_by_itself(
 def test_full_finetuning_and_a_checkpoint_of_another_number_of_processes(
     tiny_run: Callable, tmp_path: Path, pair: Pair
 ) -> None:
-    settings = STEPS | {"checkpoint_every_steps": 2}
+    settings = UNEVEN | {"checkpoint_every_steps": 2}
     single = Training(tiny_run("qwen2_5_vl"), tmp_path / "single", ALL_PARTS, **settings)
     single.start()
     broken = Training(single.run, tmp_path / "broken", ALL_PARTS, **settings)
@@ -195,7 +168,7 @@ class Slices(TrainerCallback):
 def test_full_finetuning_of_a_spread_model_from_one_process_and_back(
     tiny_run: Callable, tmp_path: Path, pair: Pair
 ) -> None:
-    settings = STEPS | {"optimizer": "adamw"}
+    settings = UNEVEN | {"optimizer": "adamw"}
     # It has layers that text alone does not run through.
     single = Training(tiny_run("mllama"), tmp_path / "single", ALL_PARTS, **settings)
     single.start()
@@ -223,7 +196,7 @@ def test_full_finetuning_of_a_spread_model_from_one_process_and_back(
 def test_an_adapter_over_a_spread_four_bit_model(
     tiny_run: Callable, tmp_path: Path, pair: Pair, model_type: str
 ) -> None:
-    single = Training(tiny_run(model_type, "nf4"), tmp_path / "single", LoraConfig(rank=4), **STEPS)
+    single = Training(tiny_run(model_type, "nf4"), tmp_path / "single", LoraConfig(rank=4), **UNEVEN)
     single.start()
     slices = Slices()
     job = single.job(tmp_path / "pair", strategy="fsdp2")

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.tiny_training import RESUMED, Training
-from tests.vlm.training.test_distributed import assert_same
+from tests.support.tiny_training import RESUMED, Training, assert_same
 from vlm.config import DistributedConfig, LoraConfig
 from vlm.errors import ResourceError
 from vlm.processes.events import EventReader, events_file
