@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--samples-per-process", type=int, help="in place of --samples")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--left-out", type=int, default=4, help="first steps that do not count")
+    parser.add_argument("--metrics", type=Path, help="folder for what every training logged, step by step")
     parser.add_argument("--full", action="store_true", help="full fine-tuning in place of an adapter")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,7 +152,11 @@ def main() -> None:
             )
             whole = time.perf_counter() - started
             assert summary is not None
-            lines = [json.loads(line) for line in (here / "out/training/metrics.jsonl").read_text().splitlines()]
+            text = (here / "out/training/metrics.jsonl").read_text()
+            if options.metrics is not None:
+                options.metrics.mkdir(parents=True, exist_ok=True)
+                (options.metrics / f"{options.shape}-{options.work}-{strategy}-{number}.jsonl").write_text(text)
+            lines = [json.loads(line) for line in text.splitlines()]
             speed, tokens = (
                 statistics.median(line[f"{unit}_per_second"] for line in lines[options.left_out :])
                 for unit in ("samples", "tokens")
