@@ -45,6 +45,7 @@ from vlm.config import (
     TrainingConfig,
 )
 from vlm.data.prepared import PreparedDataset
+from vlm.errors import ResourceError
 from vlm.loading.build import build_checkpoint
 from vlm.loading.checkpoint import load_checkpoint
 from vlm.lora.build import build_adapter
@@ -129,9 +130,22 @@ def main() -> None:
                 distributed=DistributedConfig(num_processes=number, strategy=strategy if number > 1 else "ddp"),
             )
             here = folder / f"{strategy}-{number}"
-            make_plan(
-                dataset, folder / "checkpoint", folder / "initial", training, here / "plan", device=device, dtype=dtype
-            )
+            try:
+                make_plan(
+                    dataset,
+                    folder / "checkpoint",
+                    folder / "initial",
+                    training,
+                    here / "plan",
+                    device=device,
+                    dtype=dtype,
+                    num_spread=number if strategy == "fsdp2" else 1,
+                )
+            except ResourceError as error:
+                print(
+                    f"| {number} | {strategy if number > 1 else '–'} | {samples} | does not fit: {error} |", flush=True
+                )
+                continue
             started = time.perf_counter()
             summary = train_on_processes(
                 Job(

@@ -221,10 +221,12 @@ def dequantize_into(packed: Tensor, state: Any, out: Tensor) -> None:
     rounds to it on the way.
 
     Args:
-        packed: The stored bytes.
+        packed: The stored bytes; of any type, as long as these are what it holds.
         state: Its bitsandbytes `QuantState`.
         out: Tensor of shape [N, K], whose rows may lie apart.
     """
+    if packed.dtype != torch.uint8:
+        packed = packed.view(torch.uint8)
     if use_triton(packed):
         from vlm.kernels import nf4_triton
 

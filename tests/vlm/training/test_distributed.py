@@ -162,7 +162,7 @@ class Slices(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         spread = [own for own in model.parameters() if is_spread(own)]
         self.share = sum(own._local_tensor.numel() for own in spread) / sum(own.numel() for own in spread)
-        self.num_bytes = sum(own.dtype == torch.uint8 for own in spread)
+        self.num_packed = sum(own.shape[1:] == (1,) for own in spread)
 
 
 def test_full_finetuning_of_a_spread_model_from_one_process_and_back(
@@ -201,6 +201,6 @@ def test_an_adapter_over_a_spread_four_bit_model(
     slices = Slices()
     job = single.job(tmp_path / "pair", strategy="fsdp2")
     pair(job, callbacks=[slices])
-    assert slices.num_bytes > 0
+    assert slices.num_packed > 0
     assert 0.4 < slices.share < 0.6
     assert_same(single, job)

@@ -14,7 +14,7 @@ from vlm.families import FAMILIES
 from vlm.kernels.install import fused
 from vlm.packing.model import packed
 from vlm.training.activation import ActivationPlan
-from vlm.training.capture import Stack
+from vlm.training.capture import Graph, Stack
 from vlm.training.recompute import recomputed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -72,3 +72,14 @@ def test_graphs_are_what_they_recorded(tmp_path: Path, model_type: str, quantiza
                     assert (gradient - expected[number][1]).norm() < bound * expected[number][1].norm()
         assert not any(stack.disabled for stack in stacks), [stack.reasons for stack in stacks]
         assert stacks[1].num_replays or model_type == "mllama", [stack.reasons for stack in stacks]
+
+
+def test_after_a_graph_that_failed_random_numbers_are_drawn_and_another_is_recorded() -> None:
+    x = torch.ones(4, device="cuda")
+    with pytest.raises(RuntimeError, match="captur"):
+        Graph(Stack()).capture(lambda: x.sum().item())
+    assert torch.rand(3, device="cuda").unique().numel() == 3
+    graph = Graph(Stack())
+    graph.capture(lambda: x.mul_(3))
+    graph.replay()
+    assert x.tolist() == [3.0] * 4

@@ -29,7 +29,7 @@ FAMILIES_HERE = [
     pytest.param(name, marks=pytest.mark.skipif(not is_available(name), reason=f"transformers lacks {name}"))
     for name in FIVE
 ]
-LONG = RESUMED | {"max_steps": 400, "checkpoint_every_steps": 50}
+LONG = RESUMED | {"max_steps": 100, "checkpoint_every_steps": 50}
 
 
 @pytest.fixture(scope="module")

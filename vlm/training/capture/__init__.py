@@ -43,12 +43,10 @@ def graph_stacks(
 
     Returns:
         None where graphs do not help or would change the result: on a CPU; with inputs in host memory, which is for steps
-        that take long anyway; with dropout, whose random numbers a recomputed layer must draw again; and with several
-        processes, which exchange gradients as they come.
+        that take long anyway; and with dropout, whose random numbers a recomputed layer must draw again.
     """
     drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not next(model.parameters()).is_cuda or plan.offload or drops or several:
+    if not next(model.parameters()).is_cuda or plan.offload or drops:
         return None
     limit, memory = LAUNCH_BOUND_OPERATIONS, Memory()
     # Kept activations of one tower lie in its memory while the other one works.

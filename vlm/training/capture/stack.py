@@ -38,6 +38,12 @@ def make_room() -> None:
         torch.cuda.empty_cache()
 
 
+def _free_random_numbers() -> None:
+    """Lets random numbers be drawn again after a graph that could not be ended: PyTorch takes its generator to be in use still."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
 class Graph:
     """One CUDA graph."""
 
@@ -62,6 +68,9 @@ class Graph:
                     function()
                 finally:
                     graph.capture_end()
+        except RuntimeError:
+            _free_random_numbers()
+            raise
         finally:
             if collects:
                 gc.enable()

@@ -1,7 +1,8 @@
 """A model spread over several GPUs with FSDP2 (`torch.distributed.fsdp.fully_shard`; Zhao et al. 2023). Loads torch.
 
 Each process keeps a slice of every layer of the language model, which is nine tenths of a model, and puts a layer together while
-it computes. An NF4 weight is spread as the bytes that it is stored in; its scales, a thirtieth of it, stay whole. What is
+it computes. An NF4 weight is spread as the bytes that it is stored in, four to a number; its scales, a thirtieth of it, stay
+whole. What is
 trained whole in those layers has its gradients summed into slices and its optimiser working on them.
 
 The rest stays whole in every process: LoRA matrices, and what does not run in every pass, which are the vision tower and layers for
@@ -307,7 +308,11 @@ def _move(module: Any, device: str) -> None:
 
 
 def _unwrap_quantized(layer: Any) -> None:
-    """Turns 4-bit weights into plain tensors of bytes, which can be cut anywhere; their scales stay whole."""
+    """Turns 4-bit weights into plain tensors, which can be cut anywhere; their scales stay whole.
+
+    FSDP2 of torch before 2.12 spreads nothing but floating-point numbers, so four bytes at a time go by the name of one. They are
+    moved and never computed with; bitsandbytes stores weights in this way, too (``bnb_4bit_quant_storage``).
+    """
     import bitsandbytes as bnb
 
     states: list[tuple[Any, Any]] = []
@@ -315,7 +320,8 @@ def _unwrap_quantized(layer: Any) -> None:
         if isinstance(module, bnb.nn.Linear4bit):
             weight: Any = module.weight
             states.append((module, weight.quant_state))
-            module.weight = torch.nn.Parameter(weight.data.view(torch.uint8), requires_grad=False)
+            words = weight.data.view(torch.uint8).view(-1).view(torch.float32)
+            module.weight = torch.nn.Parameter(words.view(-1, 1), requires_grad=False)
 
     def give_states(*_: Any) -> None:
         # A weight that was put together is the same object every time, so this has something to do in the first pass only.
