@@ -74,6 +74,21 @@ class FlatParameters:
         """The long tensors of all gradients, one per group."""
         return self._gradients
 
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales gradients down to a norm over all of them.
+
+        Args:
+            max_norm: The norm; infinite for none.
+
+        Returns:
+            The norm before, a scalar.
+        """
+        norm = torch.nn.utils.get_total_norm(self._gradients)
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for whole in self._gradients:
+            whole.mul_(scale)
+        return norm
+
     def merge(self, add: Callable[[Sequence[float]], Sequence[float]]) -> None:
         """Notes the parameters that have a gradient in some other process.
 

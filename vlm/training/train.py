@@ -268,6 +268,7 @@ def _trainer(
     from vlm.training.recompute import recomputed
     from vlm.training.rounds import AnswerRounds
     from vlm.training.trainer import AdapterTrainer, forward_restored
+    from vlm.training.walks import short_walks
 
     base = base_model(peft_model)
     trained_parts = {
@@ -276,6 +277,7 @@ def _trainer(
     check_rates(training, trained_parts)
     rates = rates_by_part(training)
     stack.enter_context(forward_restored(base))
+    stack.enter_context(short_walks(peft_model))
     if training.fused_kernels:
         stack.enter_context(fused(base, loaded.family))
     collator = VisionDataCollator(

@@ -234,7 +234,10 @@ class AdapterTrainer(SFTTrainer):
             self._ranks.wait()
             self._have_met = True
         own = sum(int((micro_batch["labels"][:, 1:] != IGNORED).sum()) for micro_batch in micro_batches)
-        return torch.tensor(int(self._ranks.agree([own])[0]), device=device)
+        num_tokens = torch.tensor(own, device=device)
+        # From GPU to GPU, so that no host waits for another; at the end of the step they agree anyway.
+        self._ranks.add([num_tokens])
+        return num_tokens
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The next step's batch, and how long it was waited for."""
@@ -326,13 +329,13 @@ class AdapterTrainer(SFTTrainer):
         return figures[0].float()
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self._shards is not None:
-            return self._shards.clip(self.args.max_grad_norm)
-        return super()._clip_grad_norm(model)
+        own = self._shards or self._flat
+        return super()._clip_grad_norm(model) if own is None else own.clip(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if self._shards is not None and grad_norm is None:
-            return self._shards.clip(math.inf)
+        own = self._shards or self._flat
+        if own is not None and grad_norm is None:
+            return own.clip(math.inf)
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _drop_graphs(self) -> bool:

@@ -2,8 +2,10 @@
 
 import copy
 import io
+import math
 from typing import Any
 
+import pytest
 import torch
 
 from vlm.training.flat import FlatParameters
@@ -79,3 +81,18 @@ def test_a_missing_gradient_is_zero_and_remembered() -> None:
     restored = FlatParameters(other)
     other.load_state_dict(optimizer.state_dict())
     assert restored.without_gradient({str(number): parameter for number, parameter in enumerate(again)}) == ["3"]
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9, math.inf])
+def test_gradients_are_clipped_as_torch_clips_them(max_norm: float) -> None:
+    apart, sliced = parameters(), parameters()
+    flat = FlatParameters(optimizer_of(sliced))
+    flat.begin()
+    go_backward(apart, 1)
+    go_backward(sliced, 1)
+    expected = torch.nn.utils.clip_grad_norm_(apart, max_norm)
+    assert expected > 1
+    # One sum of squares in place of a sum of sums.
+    torch.testing.assert_close(flat.clip(max_norm), expected, rtol=1e-6, atol=0)
+    for one, other in zip(apart, sliced, strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-6, atol=0)
