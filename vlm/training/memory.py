@@ -23,7 +23,7 @@ Vision 90B and 11B.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,15 @@ class Tower:
     """Whether feed-forward blocks have a gate."""
     joint: bool = False
     """Whether one projection makes queries, keys and values."""
+
+    def cast_weights(self, num_recomputed: int | None) -> int:
+        """Weights of which a cast copy waits for the way back, where the layers' own weights learn.
+
+        Args:
+            num_recomputed: Layers that are recomputed, from the first on; None for all. Of these, one at a time has copies.
+        """
+        num_kept = 0 if num_recomputed is None else self.num_layers - num_recomputed
+        return self.layer_weights * min(self.num_layers, num_kept + 1)
 
     @property
     def layer_weights(self) -> int:
@@ -190,6 +199,8 @@ class MemoryEstimate:
     """The language-model head over one chunk of supervised tokens."""
     dense_bytes: int
     """Weights of the widest product, which are made or put together while it runs."""
+    cast_bytes: int
+    """Copies, in the precision of computation, of float32 weights that learn themselves: until their layer's way back."""
     workspace_bytes: int
     """Workspaces of the matrix library."""
     pool_bytes: int
@@ -208,7 +219,8 @@ class MemoryEstimate:
     @property
     def fixed_bytes(self) -> int:
         """All of it but activations."""
-        return self.weights_bytes + self.adapter_bytes + self.logits_bytes + self.dense_bytes + self.workspace_bytes
+        beside = self.logits_bytes + self.dense_bytes + self.cast_bytes + self.workspace_bytes
+        return self.weights_bytes + self.adapter_bytes + beside
 
     @property
     def reserved_bytes(self) -> int:
@@ -306,6 +318,7 @@ def estimate_memory(
     activations: ActivationPlan,
     fused: bool,
     optimizer: str,
+    trained_whole: Collection[str] = (),
     patches_per_token: int | None = None,
     on_gpu: bool = True,
 ) -> MemoryEstimate:
@@ -323,6 +336,7 @@ def estimate_memory(
         activations: Which layers are recomputed, what lies in the host's memory, and whether there are CUDA graphs.
         fused: Whether the fused pieces are used.
         optimizer: ``adamw`` or ``adamw_8bit``.
+        trained_whole: Parts of the model whose own weights learn, in float32.
         patches_per_token: Patches behind one visual token, where the configuration does not tell.
         on_gpu: Whether products run on a GPU, whose library has workspaces.
 
@@ -373,6 +387,12 @@ def estimate_memory(
         ]
         # Both work in the same memory where nothing of one outlives its pass.
         pool = max(pools) if activations.recomputes_all else sum(pools)
+    cast = 0
+    if value_bytes < 4:
+        if "language" in trained_whole:
+            cast += language.cast_weights(activations.recomputed_language)
+        if "vision" in trained_whole:
+            cast += vision.cast_weights(activations.recomputed_vision)
     vocabulary = int((config.get("text_config") or config).get("vocab_size") or config.get("vocab_size") or 0)
     return MemoryEstimate(
         weights_bytes=weights_bytes
@@ -384,6 +404,7 @@ def estimate_memory(
         pool_bytes=int(pool),
         # The fused block of gate and up is one product.
         dense_bytes=value_bytes * language.hidden * language.intermediate * (2 if fused and language.gated else 1),
+        cast_bytes=cast * value_bytes,
         workspace_bytes=_WORKSPACE_BYTES * _THREADS * (3 if captured else 1) if on_gpu else 0,
         logits_bytes=int(HEAD_COPIES * min(length_tokens * vocabulary * 4, HEAD_CHUNK_BYTES)),
     )

@@ -173,6 +173,7 @@ def make_plan(
             activations=activations,
             fused=training.fused_kernels,
             optimizer=optimizer,
+            trained_whole=adapter.get("full_finetuning", ()),
             patches_per_token=family.patches_per_token(config) if family.patches_per_token else None,
             on_gpu=device == "cuda",
         )

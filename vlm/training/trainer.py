@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils import AutocastKwargs
 from safetensors.torch import save_file
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
@@ -137,6 +138,10 @@ class AdapterTrainer(SFTTrainer):
         )
         for parameter, data in trained:
             parameter.data = data
+        if not self._is_adapter():
+            # Or a copy of every weight would stay until the forward pass is over, of all layers, also where only a slice of
+            # each is kept, or where they are recomputed.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         # Some models (Qwen2.5-VL) declare that they take no loss arguments, upon which the trainer would not count the
         # step's tokens and give every micro-batch the same weight. The loss is ours here, not the model's.
         self.model_accepts_loss_kwargs = True

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.support.tiny_training import (
 )
 from vlm.config import LoraConfig
 from vlm.families import FAMILIES
+from vlm.training.trainer import AdapterTrainer
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -75,3 +77,19 @@ def test_fully_trained_weights_answer(tiny_run: Callable, tmp_path: Path) -> Non
         generate_predictions(run.loaded, run.dataset_dir, settings, tmp_path / name, adapter_dir=adapter)
         answers[name] = [prediction.prediction for prediction in read_predictions(tmp_path / name)[1]]
     assert answers["tuned"] != answers["base"]
+
+
+@pytest.mark.parametrize(("lora", "keeps_copies"), [(LoraConfig(rank=2), None), (ALL_PARTS, False)])
+def test_copies_of_weights_do_not_outlive_their_layer(
+    tiny_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: LoraConfig, keeps_copies: bool | None
+) -> None:
+    kept = []
+
+    def train(self: AdapterTrainer, **_: Any) -> None:
+        kept.append(getattr(self.accelerator.autocast_handler, "cache_enabled", None))
+        raise KilledError
+
+    monkeypatch.setattr(AdapterTrainer, "train", train)
+    with pytest.raises(KilledError):
+        Training(tiny_run("qwen2_5_vl"), tmp_path, lora, max_steps=1).start()
+    assert kept == [keeps_copies]

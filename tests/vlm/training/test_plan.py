@@ -211,6 +211,33 @@ def test_estimate_against_a_measurement(activations: ActivationPlan, measured_gi
     assert estimate.at_least_bytes / 2**30 < measured_gib
 
 
+def test_copies_of_weights_that_learn_are_counted_while_their_layers_wait() -> None:
+    def cast_bytes(activations: ActivationPlan, *parts: str, value_bytes: int = 2) -> int:
+        return estimate_memory(
+            QWEN2_5_VL_7B,
+            QWEN,
+            weights_bytes=0,
+            num_trainable=8_290_000_000,
+            trains_vision=True,
+            length_tokens=1_684,
+            num_visual_tokens=1_100,
+            value_bytes=value_bytes,
+            activations=activations,
+            fused=True,
+            optimizer="adamw",
+            trained_whole=parts,
+        ).cast_bytes
+
+    keep, recompute = ActivationPlan(0, 0), ActivationPlan(None, None)
+    # Matrices of a layer: attention's four, gate, up and down; the vision tower has as many keys as queries.
+    language = 3584 * (2 * 3584 + 2 * 512 + 3 * 18944)
+    vision = 1280 * (4 * 1280 + 3 * 3420)
+    assert cast_bytes(keep, "vision", "projector", "language") == 2 * (28 * language + 32 * vision)
+    assert cast_bytes(recompute, "vision", "projector", "language") == 2 * (language + vision)
+    assert cast_bytes(ActivationPlan(0, 20), "language") == 2 * 9 * language
+    assert cast_bytes(keep) == cast_bytes(keep, "language", value_bytes=4) == 0
+
+
 def test_widths_of_both_vision_configurations() -> None:
     language, vision, patches = towers(QWEN2_5_VL_7B, QWEN)
     assert language == Tower(28, 3584, 18944, 512, gated=True, joint=False)
