@@ -96,8 +96,9 @@ def load_model(
     from safetensors import SafetensorError
 
     from vlm.loading.model_config import model_config
-    from vlm.loading.quantization import make_trainable
+    from vlm.loading.quantization import make_trainable, silence_bitsandbytes
 
+    silence_bitsandbytes()
     model_class = transformers_class(family, family.model_class)
     place = "cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
     try:

@@ -98,7 +98,6 @@ def make_trainable(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.compute_type_is_set = True
         elif isinstance(module, bnb.nn.Linear8bitLt):
             module.forward = partial(_forward_of_rows, module)  # type: ignore[method-assign]
-    _silence_cast_notes()
 
 
 def _forward_of_rows(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -107,17 +106,27 @@ def _forward_of_rows(module: Any, x: torch.Tensor) -> torch.Tensor:
     return rows.unflatten(0, x.shape[:-1]) if x.ndim > 3 else rows
 
 
-class _CastNotes(logging.Filter):
-    """Drops one note that bitsandbytes repeats for every 8-bit layer of every pass in float32 or bfloat16."""
+# By logger: a note for every 8-bit layer of every pass in float32 or bfloat16; and that, on CPUs with AVX512-BF16, a kernel
+# could not be fetched from the Hub, which is for the repacked weights that `make_trainable` turns off.
+_NOTES = {
+    "bitsandbytes.autograd._functions": "inputs will be cast from",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}
+
+
+class _WithoutNote(logging.Filter):
+    """Drops the note that means nothing here."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "inputs will be cast from" not in record.getMessage()
+        return _NOTES[record.name] not in record.getMessage()
 
 
-def _silence_cast_notes() -> None:
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    if not any(isinstance(existing, _CastNotes) for existing in logger.filters):
-        logger.addFilter(_CastNotes())
+def silence_bitsandbytes() -> None:
+    """Drops two notes of bitsandbytes that mean nothing here; to be called before it is imported, which writes one."""
+    for name in _NOTES:
+        logger = logging.getLogger(name)
+        if not any(isinstance(existing, _WithoutNote) for existing in logger.filters):
+            logger.addFilter(_WithoutNote())
 
 
 def is_quantized(config: Mapping[str, Any]) -> str | None:
