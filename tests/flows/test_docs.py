@@ -141,8 +141,12 @@ def test_messages_are_those_of_the_code() -> None:
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     pieces.append(node.value)
     pieces = [piece for piece in pieces if " " in piece]
-    # Prefect's and the operating system's own.
-    foreign = {"Validation failed for field 'config.data.sources[0]'", "address already in use"}
+    # Prefect's, Docker's and the operating system's own.
+    foreign = {
+        "Validation failed for field 'config.data.sources[0]'",
+        'could not select device driver "" with capabilities: [[gpu]]',
+        "address already in use",
+    }
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     messages = [text for text in re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) if text not in foreign]
     assert len(messages) > 25

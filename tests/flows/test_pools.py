@@ -20,7 +20,7 @@ from prefect.utilities.templating import apply_values
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 PROJECT = Path(__file__).resolve().parents[2]
-# Whose schemas; older ones back to 1.27 take the same.
+# Whose schemas; those of 1.25 and newer took the same when this was written.
 KUBERNETES = "1.37"
 # What Prefect knows of its workers without their packages.
 KNOWN = Path(prefect.__file__).parent / "server/api/collections_data/views/aggregate-worker-metadata.json"
