@@ -1,39 +1,45 @@
-"""Prefect's embedded server, for runs on the command line: Ctrl-C spares it, and it never outlives its flow.
+"""Prefect's embedded server, for runs on the command line: signals spare it, and it never outlives its flow.
 
-A terminal sends Ctrl-C to all processes of its group. The server would end at once, before the flow has told it how the
-run ended, and the flow's client would try to reach it for a minute. So the server starts with SIGINT blocked, which a
-process inherits, and which handlers that it installs itself do not undo; the flow ends it on its way out.
+A terminal sends Ctrl-C to all processes of its group, Slurm and systemd send SIGTERM to all processes of a job or service. The
+server would end at once, before the flow has told it how the run ended, and the flow's client would try to reach it for a
+minute. So the server starts with both signals blocked, which a process inherits, and which handlers that it installs
+itself do not undo.
 
-A flow that is killed has no way out. So a small process watches a pipe whose other end only the flow holds, and ends the
-server when that is closed.
+It ends with a pipe whose other end only the flow holds: when the flow closes it on its way out, or has been killed.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-# A descriptor of the process, not its number, which another process could have got meanwhile.
-_WATCH = """
-import os, signal, sys
-server = os.pidfd_open(int(sys.argv[1]))
-sys.stdin.buffer.read()
-try:
-    signal.pidfd_send_signal(server, signal.SIGTERM)
-except ProcessLookupError:
-    pass
+from vlm.processes import signals
+
+# The thread alone takes the signal, also one that was sent before. Handlers run in the main thread as ever, but nothing wakes
+# it: it has to look up now and then, as uvicorn does ten times per second.
+END_WITH_THE_FLOW = """
+import os, signal, threading
+def end():
+    while os.read(0, 1):
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=end, daemon=True).start()
 """
+_SERVER = (
+    END_WITH_THE_FLOW
+    + """
+import uvicorn
+uvicorn.main()
+"""
+)
 
 
 def keep_server_apart() -> None:
     """Has the embedded server of this process start apart from it; does nothing where a server is set up. Loads Prefect."""
-    from prefect.settings import PREFECT_API_URL
+    from prefect.settings import PREFECT_API_URL, get_current_settings
 
     if PREFECT_API_URL.value() is not None:
         return
@@ -43,32 +49,36 @@ def keep_server_apart() -> None:
         """The server of this process: Prefect's clients ask for the one without a port, and get the first one made."""
 
         def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
-            with _interrupts_blocked():
-                server = super()._run_uvicorn_command()
-            _watch(server)
-            return server
+            # As Prefect's own, which leaves no room for the pipe.
+            arguments = [
+                "--factory",
+                "prefect.server.api.server:create_app",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+            ]
+            environment = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+            environment |= get_current_settings().to_environment_variables(exclude_unset=True)
+            return start_apart(_SERVER, *arguments, "--log-level", "error", "--lifespan", "on", **environment)
+
+        def stop(self) -> None:
+            if self.server_process is not None and self.server_process.stdin is not None:
+                self.server_process.stdin.close()
+            super().stop()
 
     Apart()
 
 
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def start_apart(code: str, *arguments: str, **environment: str) -> subprocess.Popen[Any]:
+    """Starts a Python process that only the end of its input ends.
 
-
-def _watch(server: subprocess.Popen[Any]) -> None:
-    if not hasattr(os, "pidfd_open"):  # Linux has it
-        return
-    watcher = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _WATCH, str(server.pid)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    # This keeps the pipe open to the end of the process, whatever the end is.
-    threading.Thread(target=watcher.wait, name="embedded-server-watcher", daemon=True).start()
+    Args:
+        code: What it runs; begins with `END_WITH_THE_FLOW`.
+        arguments: Its command line.
+        environment: Variables besides those of this process.
+    """
+    with signals.blocked():
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, env=os.environ | environment
+        )

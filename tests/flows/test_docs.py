@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from prefect.cli import _app as prefect_cli
@@ -26,6 +27,7 @@ from prefect.cli import _app as prefect_cli
 from flows import cli as finetune
 from flows import compare, evaluate_cli, notify, promote
 from tests.flows.conftest import settings_on
+from tests.flows.test_pools import KUBERNETES
 from vlm.config import RunConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -34,7 +36,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 DOCS = PROJECT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 # In the order in which people read them: the store fills, the registry gets versions.
-ORDER = ("install.md", "data.md", "evaluating.md", "storage.md", "scheduling.md", "upgrading.md")
+ORDER = ("install.md", "data.md", "evaluating.md", "storage.md", "scheduling.md", "scaling.md", "upgrading.md")
 _BLOCK = re.compile(r"^```(\w+) ?([\w ]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -97,11 +99,14 @@ def test_every_block_says_what_is_done_with_it_and_every_picture_is_shown() -> N
 def test_settings_are_settings() -> None:
     for page in PAGES:
         for kind, text in blocks(page, "yaml"):
+            if kind == "kubernetes":
+                for manifest in yaml.safe_load_all(text):
+                    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+                continue
             found = yaml.safe_load(text)
             if kind == "deployment":
                 found = found["parameters"]["config"]
-            if kind in ("config", "deployment"):
-                RunConfig.model_validate(found)
+            RunConfig.model_validate(found)
 
 
 @pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning")  # mlflow's, when it is imported
@@ -109,8 +114,13 @@ def test_scripts_of_clusters_call_the_flow_with_settings_that_it_has() -> None:
     page = DOCS / "scaling.md"
     [(_, script)] = blocks(page, "sbatch")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    [job] = [yaml.safe_load(text)["spec"] for kind, text in blocks(page, "yaml") if kind == "kubernetes"]
-    [container] = job["template"]["spec"]["containers"]
+    [manifests] = [yaml.safe_load_all(text) for kind, text in blocks(page, "yaml") if kind == "kubernetes"]
+    service, job = manifests
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    # The address of the first machine is one that the service gives its pod.
+    metadata, pod = job["spec"]["template"]["metadata"], job["spec"]["template"]["spec"]
+    assert f"{job['metadata']['name']}-0.{service['metadata']['name']}:" in container["args"][0]
+    assert (pod["subdomain"], metadata["labels"]) == (service["metadata"]["name"], service["spec"]["selector"])
     for text in (script.replace("\\\n", " "), *container["args"]):
         words = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)+)", text))
         assert "training.distributed.machine_rank" in words
@@ -131,8 +141,12 @@ def test_messages_are_those_of_the_code() -> None:
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     pieces.append(node.value)
     pieces = [piece for piece in pieces if " " in piece]
-    # Prefect's and the operating system's own.
-    foreign = {"Validation failed for field 'config.data.sources[0]'", "address already in use"}
+    # Prefect's, Docker's and the operating system's own.
+    foreign = {
+        "Validation failed for field 'config.data.sources[0]'",
+        'could not select device driver "" with capabilities: [[gpu]]',
+        "address already in use",
+    }
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     messages = [text for text in re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) if text not in foreign]
     assert len(messages) > 25

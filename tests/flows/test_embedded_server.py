@@ -20,33 +20,34 @@ def end(signum, frame):
 signal.signal(signal.SIGINT, end)
 signal.signal(signal.SIGTERM, end)
 print("ready", flush=True)
-time.sleep(60)
+while True:
+    time.sleep(0.1)
 """
 FLOW = """
-import subprocess, sys, time
-from flows.embedded_server import _interrupts_blocked, _watch
-with _interrupts_blocked():
-    server = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
-_watch(server)
-try:
-    time.sleep(60)
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-    time.sleep(60)
+import signal, sys, time
+from flows.embedded_server import END_WITH_THE_FLOW, start_apart
+def tell(signum, frame):
+    print("flow", signal.Signals(signum).name, flush=True)
+signal.signal(signal.SIGINT, tell)
+signal.signal(signal.SIGTERM, tell)
+server = start_apart(END_WITH_THE_FLOW + sys.argv[1])
+time.sleep(60)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="only Linux can watch a process without a race")
-def test_the_server_is_spared_by_ctrl_c_and_ends_with_a_killed_flow() -> None:
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="only POSIX blocks signals")
+def test_the_server_is_spared_by_signals_to_all_processes_and_ends_with_a_killed_flow() -> None:
     flow = subprocess.Popen(
         [sys.executable, "-c", FLOW, SERVER], cwd=PROJECT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert flow.stdout is not None
     assert flow.stdout.readline() == "ready\n"
     os.killpg(flow.pid, signal.SIGINT)  # as a terminal does
-    assert flow.stdout.readline() == "interrupted\n"
+    assert flow.stdout.readline() == "flow SIGINT\n"
+    os.killpg(flow.pid, signal.SIGTERM)  # as Slurm and systemd do
+    assert flow.stdout.readline() == "flow SIGTERM\n"
     flow.kill()
-    # The pipe ends when the server, which has inherited it, is gone.
+    # The pipe ends when the server, which has inherited it, is gone; the signal that it spared itself ends it now, in order.
     assert flow.stdout.read() == "SIGTERM\n"
     flow.wait()
     flow.stdout.close()

@@ -385,10 +385,7 @@ def interrupt(signum: signal.Signals, settings: list[str], log: Path, **environm
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.3)
-    if signum == signal.SIGINT:
-        os.killpg(process.pid, signum)  # as a terminal does
-    else:
-        process.send_signal(signum)
+    os.killpg(process.pid, signum)  # as a terminal does, or Slurm
     # Half a minute is what Prefect gives a run that it cancels. The pipe ends with the last of the run's processes.
     _, complaint = process.communicate(timeout=30)
     assert process.returncode == 128 + signum

@@ -17,6 +17,7 @@ import torch
 
 from vlm.config.pretrain import CurriculumConfig, PretrainConfig
 from vlm.pretrain.packs import Arrays, PackMaker
+from vlm.processes.signals import leave_to_parent
 
 _AHEAD_PER_WORKER = 2
 _makers: list[PackMaker] = []
@@ -90,6 +91,7 @@ class Feed:
 
 
 def _start(processor_dir: Path, curriculum: CurriculumConfig, positions: int, seed: int) -> None:
+    leave_to_parent()
     torch.set_num_threads(1)  # there is a process for every core
     _makers.append(PackMaker(processor_dir, curriculum, positions, seed))
 

@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from vlm.processes import signals
 from vlm.processes.plan import Failure, Launch, write_failures
 
 # From asking processes to end, when one of them failed, to ending them.
@@ -29,6 +30,9 @@ def main() -> int:
     Returns:
         0 where all ended well.
     """
+    # torch's launcher would end its processes within seconds, where they are to finish their step. They ignore signals to all,
+    # too, until they handle them themselves.
+    signals.ignore()
     launch = Launch.read(Path(sys.argv[1]))
     alone = launch.num_machines == 1
     # Older versions of torch wait for half a minute, and cannot be told.
@@ -45,6 +49,7 @@ def main() -> int:
         rdzv_endpoint=launch.main_address or "localhost:0",
         run_id=uuid.uuid4().hex if alone else "training",
         local_addr="localhost" if alone else None,
+        signals_to_handle=signals.END_SIGNAL.name,
         logs_specs=DefaultLogsSpecs(log_dir=str(launch.events_dir / "logs"), redirects=Std.ALL),
         **settings,
     )

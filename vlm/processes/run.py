@@ -17,6 +17,7 @@ from pathlib import Path
 import vlm
 import vlm.errors
 from vlm.errors import ResourceError, VlmError
+from vlm.processes import signals
 from vlm.processes.events import Event, EventReader, events_file
 from vlm.processes.plan import Launch, read_failures
 
@@ -72,7 +73,8 @@ def run_processes(
     Args:
         launch: What to start. Its folder is there.
         take: Called with the number of a process of this machine and what it tells, other than warnings and errors.
-        should_stop: Asked now and then; once it says yes, the processes are asked to stop in order.
+        should_stop: Asked now and then; once it says yes, the processes are asked to stop in order. Where none has begun, as
+            while machines wait for each other, this call returns at once, and `take` was never called.
 
     Raises:
         VlmError: What a process ended with, or that it was killed or hung.
@@ -104,6 +106,8 @@ def run_processes(
                 for number, process in enumerate(processes):
                     process.listen_for_life(seconds, launch, number)
                 if should_stop():
+                    if all(process.pid is None for process in processes):
+                        return
                     ask_to_stop()
                 if any(process.error for process in processes):
                     failed_at = min(failed_at, time.monotonic())
@@ -133,7 +137,7 @@ def _launched(path: Path, events_dir: Path) -> Iterator[tuple[subprocess.Popen[b
     root = str(Path(next(iter(vlm.__path__))).parent)
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    with (events_dir / "launcher.log").open("wb") as log:
+    with (events_dir / "launcher.log").open("wb") as log, signals.blocked():
         launcher = subprocess.Popen(
             [sys.executable, "-m", _LAUNCHER, str(path)],
             # All processes inherit it: what is written reaches one of them, and its end all.
@@ -162,7 +166,7 @@ def _launched(path: Path, events_dir: Path) -> Iterator[tuple[subprocess.Popen[b
         with suppress(BrokenPipeError):
             launcher.stdin.close()
         if launcher.poll() is None:
-            launcher.terminate()
+            launcher.send_signal(signals.END_SIGNAL)
             try:
                 launcher.wait(_SHUTDOWN_SECONDS)
             except subprocess.TimeoutExpired:

@@ -33,7 +33,7 @@ import numpy.typing as npt
 import torch
 from accelerate.utils import AutocastKwargs
 from safetensors.torch import save_file
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler, get_worker_info
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
@@ -41,6 +41,7 @@ from trl import SFTConfig, SFTTrainer
 from vlm.errors import ConfigError, ResourceError
 from vlm.families.pixels import PixelBytes
 from vlm.lora.peft_model import WEIGHTS_FILE, adapter_parameters, base_model, load_tensors, save_tensors
+from vlm.processes.signals import leave_to_parent
 from vlm.training import checkpoints
 from vlm.training.best import KeepBest
 from vlm.training.callbacks import Pace
@@ -465,6 +466,8 @@ class AdapterTrainer(SFTTrainer):
 
 
 def _collate_step(collate: Callable[[Rows], dict[str, Any]], items: Sequence[Any]) -> dict[str, Any]:
+    if get_worker_info() is not None:
+        leave_to_parent()
     (step,) = items
     rows = [list(part) for part in step["micro_batches"]]
     return {"rows": rows, "micro_batches": [collate(part) for part in rows]}

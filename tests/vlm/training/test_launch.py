@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import signal_all
 from tests.support.tiny_training import RESUMED, Training, assert_same
 from vlm.config import DistributedConfig, LoraConfig
 from vlm.errors import ResourceError
@@ -55,7 +56,7 @@ def test_a_killed_process_ends_the_training_which_resumes_stops_and_ends_elsewhe
     resumed_from = int(checkpoint.name.partition("-")[2])
     assert resumed_from >= 2
 
-    figures = Figures(resumed_from + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    figures = Figures(resumed_from + 3, lambda: signal_all(signal.SIGTERM))
     with pytest.raises(TrainingInterrupted, match="SIGTERM after step") as interrupted:
         train_on_processes(job, [figures])
     last = interrupted.value.step

@@ -42,10 +42,12 @@ def train_on_processes(job: Job, callbacks: Sequence[Any] = ()) -> TrainingSumma
     job.write(path)
     bar = progress.bar("training", read_plan(job.plan_dir).num_steps, unit="step")
     shown = 0
+    begun = False
     interrupted: Event | None = None
 
     def take(number: int, event: Event) -> None:
-        nonlocal shown, interrupted
+        nonlocal shown, begun, interrupted
+        begun = True
         if "interrupted" in event:
             interrupted = event
         elif "log" in event:
@@ -73,6 +75,8 @@ def train_on_processes(job: Job, callbacks: Sequence[Any] = ()) -> TrainingSumma
             run_processes(launch, take, should_stop=lambda: flag.signum is not None)
         finally:
             bar.close()
+        if flag.signum is not None and not begun:
+            raise TrainingInterrupted(0, flag.signum)
         if interrupted is not None:
             raise TrainingInterrupted(interrupted["interrupted"], flag.signum or interrupted["signal"])
     return read_summary(job.output_dir / "training") if several.machine_rank == 0 else None
