@@ -8,7 +8,7 @@ those that are gone and ends what they left open.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from artifacts.keys import canonical_digest
 from artifacts.notes import Note
@@ -39,8 +39,25 @@ def note_run(store: Store, uri: str, experiment: str, parameters: Mapping[str, s
     return store.note(fields)
 
 
-def end_killed_runs(store: Store, uri: str, parameters: Mapping[str, str]) -> bool:
+def end_killed_runs(store: Store, uri: str) -> None:
     """Marks as killed what flows that are gone left running; imports MLflow only if there was such a flow.
+
+    Args:
+        store: The flow's store.
+        uri: The tracking address.
+
+    Raises:
+        StoreError: The store could not be read.
+        TrackingError: MLflow could not be asked; what was not ended is left to the next flow.
+    """
+    for _ in _left_runs(store, uri):
+        pass
+
+
+def lacks_results(store: Store, uri: str, parameters: Mapping[str, str]) -> bool:
+    """As `end_killed_runs`, up to the first flow with these parameters that did not log its results.
+
+    Its note stays, until the flow that logs them has one of its own and calls `end_killed_runs`.
 
     Args:
         store: The flow's store.
@@ -48,18 +65,21 @@ def end_killed_runs(store: Store, uri: str, parameters: Mapping[str, str]) -> bo
         parameters: Of the run that is going on.
 
     Returns:
-        Whether one of them had these parameters and did not log its results.
+        Whether there was one.
 
     Raises:
         StoreError: The store could not be read.
-        TrackingError: MLflow could not be asked; what it did not end is left to the next run.
+        TrackingError: MLflow could not be asked.
     """
+    wanted = canonical_digest(parameters)
+    return any(found == wanted and not finished for found, finished in _left_runs(store, uri))
+
+
+def _left_runs(store: Store, uri: str) -> Iterator[tuple[str, bool]]:
+    """Ends runs; yields the digest of each one's parameters, and whether it had finished, before its note is removed."""
     ours = canonical_digest(uri)
-    lacks_results = False
     for name, fields in store.left_notes(lambda fields: fields.get("mlflow") == ours):
-        finished = _end(uri, str(fields["experiment"]), name)
-        lacks_results |= not finished and fields["parameters"] == canonical_digest(parameters)
-    return lacks_results
+        yield str(fields["parameters"]), _end(uri, str(fields["experiment"]), name)
 
 
 def _end(uri: str, experiment_name: str, note: str) -> bool:

@@ -20,7 +20,7 @@ from artifacts.errors import StoreError
 from artifacts.notes import Note
 from artifacts.refs import ArtifactRef
 from tasks.graph import Json
-from tasks.killed_runs import NOTE_TAG, TrackingError, end_killed_runs, note_run
+from tasks.killed_runs import NOTE_TAG, TrackingError, end_killed_runs, lacks_results, note_run
 from tasks.session import Session
 from tasks.tracking_database import first_use, set_experiment
 from vlm.errors import ConfigError
@@ -89,7 +89,8 @@ class Tracker:
             self._note = note_run(self.session.store, self.uri, self._experiment, self._parameters)
             self.run_id = str(mlflow.start_run(tags=self._tags()).info.run_id)
             mlflow.log_params(self._parameters)
-            self._end_killed_runs()
+            with _left_to_the_next():
+                end_killed_runs(self.session.store, self.uri)
         except MlflowException as error:
             # Not chained: MLflow repeats the address, password and all, and Prefect keeps tracebacks.
             raise ConfigError(
@@ -105,7 +106,10 @@ class Tracker:
             did_something: Whether a step ran. Otherwise there is, if a run with the same settings was killed after its last
                 step and before it had logged what came out.
         """
-        if did_something or self._end_killed_runs():
+        if not did_something:
+            with _left_to_the_next():
+                did_something = lacks_results(self.session.store, self.uri, self._parameters)
+        if did_something:
             self.start()
 
     @contextmanager
@@ -197,14 +201,6 @@ class Tracker:
         tags = {} if self._note is None else {NOTE_TAG: self._note.name}
         return tags | ({"prefect.flow_run_id": self.flow_run_id} if self.flow_run_id else {})
 
-    def _end_killed_runs(self) -> bool:
-        """Ends what killed flows left open, where that can be done; whether one with these settings was among them."""
-        try:
-            return end_killed_runs(self.session.store, self.uri, self._parameters)
-        except (StoreError, TrackingError) as error:
-            _log.warning("MLflow runs of flows that were killed may still show as running: %s", error)
-            return False
-
     def _is_known(self, run_id: str) -> bool:
         """Whether there is a run of that id where this one logs.
 
@@ -230,6 +226,15 @@ def training_callbacks(session: Session, work_dir: Path) -> Iterator[list[Any]]:
         return
     with session.tracker.training(work_dir) as callback:
         yield [callback]
+
+
+@contextmanager
+def _left_to_the_next() -> Iterator[None]:
+    """What killed flows left is no reason to fail."""
+    try:
+        yield
+    except (StoreError, TrackingError) as error:
+        _log.warning("MLflow may still show runs of flows that were killed as running: %s", error)
 
 
 def flat(tree: Json, prefix: str = "") -> dict[str, str]:

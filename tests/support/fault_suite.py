@@ -1,6 +1,9 @@
 """All faults of whole runs in one process, whose imports they share: prints what was found as JSON.
 
-python -m tests.support.fault_suite FOLDER SEED NUM_KILLS [S3_ADDRESS]
+python -m tests.support.fault_suite FOLDER SEED NUM_KILLS NUM_TRACKED_KILLS [S3_ADDRESS]
+
+After two undisturbed runs, everything else goes on in forked processes, three at a time: each of them waits for locks, disks
+or processes of its own for about half of its time.
 """
 
 from __future__ import annotations
@@ -8,13 +11,27 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tests.support.killed_runs import KillSeries, fork
+from tests.support.forked import Child, fork
+from tests.support.killed_runs import KillSeries, Undisturbed
 from tests.support.shared_stores import run_after_damage, run_together
+from tests.support.tracked_runs import create_together, interrupt_and_resume
 
 BUCKET = "shared-stores"
+NUM_AT_ONCE = 3
+NUM_SHARING = 4
+# Kills with tracking hit a training that has a checkpoint, the steps after it, and what is logged at the end.
+TRACKED_SEED = 6
+_SECONDS = 500.0
+
+Phase = Callable[[Path], dict[str, Any]]
 
 
 def make_bucket() -> dict[str, str]:
@@ -25,42 +42,106 @@ def make_bucket() -> dict[str, str]:
     return {}
 
 
-def main() -> None:
-    """Runs everything and prints a JSON object with ``kills``, ``together`` and ``damage``."""
-    folder, seed, num_kills, *s3_address = sys.argv[1:]
-    root = Path(folder)
-    series = KillSeries(root, int(seed))
-    kills = series.run(int(num_kills), by_time=0.2)
-    expected = series.expected
+def share_s3(address: str, undisturbed: Undisturbed, folder: Path) -> dict[str, Any]:
+    """Several processes on one S3 store, and one more that is killed in its training.
 
-    def together(name: str, url: str | None = None, **options: object) -> dict[str, object]:
-        own = root / name
-        own.mkdir()
-        return run_together(url or str(own / "store"), own, expected, **options)  # type: ignore[arg-type]
+    Args:
+        address: Of the server.
+        undisturbed: What each of them must give.
+        folder: Receives their answers.
+    """
+    os.environ.update(
+        AWS_ENDPOINT_URL=address,
+        AWS_ACCESS_KEY_ID="testing",
+        AWS_SECRET_ACCESS_KEY="testing",
+        AWS_DEFAULT_REGION="us-east-1",
+        AWS_EC2_METADATA_DISABLED="true",
+    )
+    fork(make_bucket, folder / "answer.json").wait()
+    url = f"s3://{BUCKET}/store"
+    return run_together(url, folder, undisturbed, num_processes=NUM_SHARING, kill_trainer=True)
 
-    found = {
-        "kills": asdict(kills),
-        # One of them dies in whatever it is at, perhaps holding a lock that the others wait for.
-        "together": {"file": together("file", num_processes=3, tracking=True, kill_after=(1.5,))},
-        "damage": {
-            "silent": run_after_damage(series.root("again"), root, expected, silently=True),
-            "open": run_after_damage(series.root("undisturbed"), root, expected, silently=False),
-        },
+
+def phases(root: Path, seed: int, num_kills: int, num_tracked: int, s3_address: str | None) -> dict[str, Phase]:
+    """All that is tried, by name, the longest first; each gets a folder of its own.
+
+    Args:
+        root: Receives the undisturbed runs.
+        seed: Of the moments of kills.
+        num_kills: How many without tracking.
+        num_tracked: How many with it.
+        s3_address: Of a server, if there is one.
+    """
+    undisturbed = Undisturbed(root / "undisturbed")
+
+    def tracked(folder: Path) -> dict[str, Any]:
+        series = KillSeries(folder, TRACKED_SEED, undisturbed, tracking=True).run(num_tracked)
+        created = create_together(folder / "created", (150, 700), NUM_SHARING)
+        interrupted = interrupt_and_resume(folder / "interrupted", undisturbed.expected, undisturbed.curve)
+        return {"kills": asdict(series), "created": created, "interrupted": interrupted}
+
+    def collected(folder: Path) -> dict[str, Any]:
+        # A finished run's store: each of these finds records, which collection would drop.
+        url = str(undisturbed.store("tracked"))
+        return run_together(url, folder, undisturbed, num_processes=2, collect_for=4.0)
+
+    def file(folder: Path) -> dict[str, Any]:
+        url = str(folder / "store")
+        return run_together(url, folder, undisturbed, num_processes=NUM_SHARING, tracking=True, kill_trainer=True)
+
+    def damage(name: str, folder: Path, *, silently: bool) -> dict[str, Any]:
+        root = undisturbed.copy(name, folder)
+        return {"faults": run_after_damage(root, folder, undisturbed.expected, silently=silently)}
+
+    found: dict[str, Phase] = {
+        "tracked": tracked,
+        "kills": lambda folder: asdict(KillSeries(folder, seed, undisturbed).run(num_kills, by_time=0.2)),
+        "file": file,
+        "collected": collected,
+        "damage_open": lambda folder: damage("plain", folder, silently=False),
+        "damage_silent": lambda folder: damage("plain", folder, silently=True),
     }
-    # A finished run's store: each of these finds records, which collection would drop.
-    url = str(series.root("undisturbed"))
-    found["together"]["collected"] = together("collected", url, num_processes=2, collect_for=4.0)
-    for address in s3_address:
-        os.environ.update(
-            AWS_ENDPOINT_URL=address,
-            AWS_ACCESS_KEY_ID="testing",
-            AWS_SECRET_ACCESS_KEY="testing",
-            AWS_DEFAULT_REGION="us-east-1",
-            AWS_EC2_METADATA_DISABLED="true",
-        )
-        fork(make_bucket, root / "answer.json").wait()
-        found["together"]["s3"] = together("s3", f"s3://{BUCKET}/store", num_processes=2)
-    sys.stdout.write(json.dumps(found) + "\n")
+    if s3_address is not None:
+        found = {"s3": lambda folder: share_s3(s3_address, undisturbed, folder), **found}
+    return found
+
+
+def run_all(root: Path, wanted: dict[str, Phase]) -> dict[str, dict[str, Any]]:
+    """Runs phases in processes of their own, some at a time.
+
+    Args:
+        root: Receives a folder for each.
+        wanted: The phases.
+
+    Returns:
+        What each of them gave.
+    """
+    waiting = deque(wanted.items())
+    running: dict[str, Child] = {}
+    found: dict[str, dict[str, Any]] = {}
+    while waiting or running:
+        while waiting and len(running) < NUM_AT_ONCE:
+            name, phase = waiting.popleft()
+            folder = root / name
+            folder.mkdir()
+            running[name] = fork(partial(phase, folder), root / f"{name}.json")
+        for name, child in list(running.items()):
+            if child.has_ended():
+                answer = running.pop(name).wait()
+                assert answer is not None, f"{name} was killed"
+                found[name] = answer
+            elif time.monotonic() - child.started > _SECONDS:
+                raise TimeoutError(f"{name} did not end within {_SECONDS} s")
+        time.sleep(0.05)
+    return found
+
+
+def main() -> None:
+    """Runs everything and prints a JSON object with what each phase found."""
+    folder, seed, num_kills, num_tracked, *s3_address = sys.argv[1:]
+    root = Path(folder)
+    wanted = phases(root, int(seed), int(num_kills), int(num_tracked), s3_address[0] if s3_address else None)
+    sys.stdout.write(json.dumps(run_all(root, wanted)) + "\n")
 
 
 if __name__ == "__main__":
