@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,31 +24,39 @@ from tests.support.killed_runs import KillSeries, Undisturbed
 from tests.support.shared_stores import run_after_damage, run_together
 from tests.support.tracked_runs import create_together, interrupt_and_resume
 
-BUCKET = "shared-stores"
 NUM_AT_ONCE = 3
 NUM_SHARING = 4
 # Kills with tracking hit a training that has a checkpoint, the steps after it, and what is logged at the end.
-TRACKED_SEED = 6
+TRACKED_SEED = 26
 _SECONDS = 500.0
 
 Phase = Callable[[Path], dict[str, Any]]
 
 
-def make_bucket() -> dict[str, str]:
-    """Makes the bucket; in a child, because what talks to servers has threads, which no fork survives."""
+def make_bucket(name: str) -> dict[str, str]:
+    """Makes a bucket; in a child, because what talks to servers has threads, which no fork survives."""
     import s3fs
 
-    s3fs.S3FileSystem().mkdir(BUCKET)
+    s3fs.S3FileSystem().mkdir(name)
     return {}
 
 
-def share_s3(address: str, undisturbed: Undisturbed, folder: Path) -> dict[str, Any]:
-    """Several processes on one S3 store, and one more that is killed in its training.
+def share_s3(
+    address: str,
+    undisturbed: Undisturbed,
+    folder: Path,
+    *,
+    name: str = "shared-stores",
+    kill_after: Sequence[float] = (),
+) -> dict[str, Any]:
+    """Several processes on one S3 store, and one more that is killed in its training; in a child.
 
     Args:
         address: Of the server.
         undisturbed: What each of them must give.
         folder: Receives their answers.
+        name: Of the bucket, which is made.
+        kill_after: As in `run_together`.
     """
     os.environ.update(
         AWS_ENDPOINT_URL=address,
@@ -56,10 +64,18 @@ def share_s3(address: str, undisturbed: Undisturbed, folder: Path) -> dict[str, 
         AWS_SECRET_ACCESS_KEY="testing",
         AWS_DEFAULT_REGION="us-east-1",
         AWS_EC2_METADATA_DISABLED="true",
+        # Downloads and interrupted work lie in the cache, by the address of the store.
+        VISION_FINETUNE_CACHE=str(folder / "cache"),
     )
-    fork(make_bucket, folder / "answer.json").wait()
-    url = f"s3://{BUCKET}/store"
-    return run_together(url, folder, undisturbed, num_processes=NUM_SHARING, kill_trainer=True)
+    fork(partial(make_bucket, name), folder / "answer.json").wait()
+    return run_together(
+        f"s3://{name}/store",
+        folder,
+        undisturbed,
+        num_processes=NUM_SHARING,
+        kill_trainer=True,
+        kill_after=kill_after,
+    )
 
 
 def phases(root: Path, seed: int, num_kills: int, num_tracked: int, s3_address: str | None) -> dict[str, Phase]:
@@ -77,7 +93,7 @@ def phases(root: Path, seed: int, num_kills: int, num_tracked: int, s3_address: 
     def tracked(folder: Path) -> dict[str, Any]:
         series = KillSeries(folder, TRACKED_SEED, undisturbed, tracking=True).run(num_tracked)
         created = create_together(folder / "created", (150, 700), NUM_SHARING)
-        interrupted = interrupt_and_resume(folder / "interrupted", undisturbed.expected, undisturbed.curve)
+        interrupted = interrupt_and_resume(folder / "interrupted", undisturbed)
         return {"kills": asdict(series), "created": created, "interrupted": interrupted}
 
     def collected(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -122,6 +123,7 @@ class Undisturbed:
                 copies[number] = target
                 shutil.copy2(source, target)
 
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copytree(self.store(name), folder / "store", copy_function=copy)
         # The store knows its objects by their place on the disk; a run looks at all of them anew.
         config = settings(str(folder / "store"))
@@ -172,7 +174,7 @@ class KillSeries:
             num_kills: How often.
             by_time: Share of the kills that come from outside, at a random time.
         """
-        for number in range(num_kills):
+        for number in itertools.count():
             if len(self.report.kills) >= num_kills:
                 break
             self._one_store(f"killed-{number}", num_kills, by_time)

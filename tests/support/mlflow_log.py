@@ -7,6 +7,8 @@ import sqlite3
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from tasks.tracking_database import first_use
 from tests.support.forked import die_at
@@ -103,7 +105,7 @@ class Log:
         }
         if logged != wanted:
             faults.append(f"the figures are {logged} and not {wanted}")
-        folder = Path(self._artifacts[run].removeprefix("file://"))
+        folder = Path(url2pathname(urlsplit(self._artifacts[run]).path))
         files = {path.name: path.stat().st_size for path in folder.glob("*")}
         if set(files) != {"metrics.json", "report.html"} or not all(files.values()):
             faults.append(f"the files are {files}")

@@ -12,8 +12,9 @@ from unittest import mock
 from tasks.session import Session
 from tasks.tracking import Tracker
 from tests.support.forked import Child, die_at, fork, run_to_the_end, settings
+from tests.support.killed_runs import Undisturbed
 from tests.support.local_flow import exact_artifacts
-from tests.support.mlflow_log import Curve, Log
+from tests.support.mlflow_log import Log
 from vlm.config import RunConfig
 
 _SECONDS = 120.0
@@ -84,18 +85,17 @@ def _interrupted_run(config: dict[str, Any], step: int) -> dict[str, Any]:
     return {"status": 0}
 
 
-def interrupt_and_resume(folder: Path, expected: dict[str, str], curve: Curve) -> list[str]:
+def interrupt_and_resume(folder: Path, undisturbed: Undisturbed) -> list[str]:
     """Interrupts a run in its training, looks, and runs it again.
 
     Args:
         folder: Receives its store.
-        expected: The artifacts that it must give.
-        curve: Of an undisturbed training.
+        undisturbed: What it must give.
 
     Returns:
         What should not be; empty if all is well.
     """
-    folder.mkdir()
+    undisturbed.prepare_logging(folder / "store")
     config = settings(str(folder / "store"), tracking=True)
     stopped = fork(lambda: _interrupted_run(config, 2), folder / "answer.json").wait(_SECONDS)
     log = Log(folder / "mlflow.db")
@@ -104,6 +104,6 @@ def interrupt_and_resume(folder: Path, expected: dict[str, str], curve: Curve) -
         faults.append(f"the interrupted run is {log.status}")
     answer = fork(lambda: {"summary": run_to_the_end(config)}, folder / "answer.json").wait(_SECONDS)
     assert answer is not None
-    if exact_artifacts(answer["summary"]) != expected:
+    if exact_artifacts(answer["summary"]) != undisturbed.expected:
         faults.append("other artifacts than the undisturbed run")
-    return faults + Log(folder / "mlflow.db").check_finished(answer["summary"], curve)
+    return faults + Log(folder / "mlflow.db").check_finished(answer["summary"], undisturbed.curve)
