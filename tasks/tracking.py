@@ -81,6 +81,7 @@ class Tracker:
             return self.run_id
         import mlflow
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         mlflow.set_tracking_uri(self.uri)
         try:
@@ -91,7 +92,7 @@ class Tracker:
             mlflow.log_params(self._parameters)
             with _left_to_the_next():
                 end_killed_runs(self.session.store, self.uri)
-        except MlflowException as error:
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             # Not chained: MLflow repeats the address, password and all, and Prefect keeps tracebacks.
             raise ConfigError(
                 f"tracking.uri {self.uri!r} cannot be used ({error}); check the address and its login (MLFLOW_TRACKING_USERNAME"

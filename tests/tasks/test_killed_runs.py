@@ -13,6 +13,7 @@ from tasks.session import Session
 from tasks.tracking import Tracker
 from tasks.tracking_database import database_of, first_use
 from vlm.config import RunConfig
+from vlm.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -188,6 +189,14 @@ def test_a_half_made_database_is_made_anew(tmp_path: Path) -> None:
     assert connection.execute("select count(*) from experiments").fetchone() == (1,)
     connection.close()
     assert {path.name for path in database.parent.iterdir()} == {"mlflow.db", "mlflow.db.lock"}
+
+
+def test_a_place_without_room_for_a_database_is_one_error(tmp_path: Path, tracker: Callable[..., Tracker]) -> None:
+    (tmp_path / "file").write_text("no folder")
+    run = tracker()
+    run.uri = f"sqlite:///{tmp_path}/file/mlflow.db"
+    with pytest.raises(ConfigError, match=r"tracking.uri 'sqlite:///.*file/mlflow.db' cannot be used"):
+        run.start()
 
 
 @pytest.mark.parametrize(
