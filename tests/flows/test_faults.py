@@ -18,17 +18,15 @@ from tests.artifacts.conftest import s3_address  # noqa: F401  (a fixture)
 
 PROJECT = Path(__file__).resolve().parents[2]
 NUM_KILLS = 20
-NUM_TRACKED_KILLS = 8
 
 
 @pytest.fixture(scope="module")
 def found(s3_address: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # noqa: F811
     folder = tmp_path_factory.mktemp("faults")
-    command = [sys.executable, "-m", "tests.support.fault_suite", str(folder), "20261124"]
-    counts = [str(NUM_KILLS), str(NUM_TRACKED_KILLS)]
+    command = [sys.executable, "-m", "tests.support.fault_suite", str(folder), "20261125", str(NUM_KILLS)]
     one_thread = {"OMP_NUM_THREADS": "1"}  # more would not survive a fork
     done = subprocess.run(
-        [*command, *counts, s3_address],
+        [*command, s3_address],
         cwd=PROJECT,
         env=os.environ | one_thread,
         capture_output=True,
@@ -53,12 +51,13 @@ def test_killed_runs_go_on_to_the_same_artifacts(found: dict[str, Any]) -> None:
 
 def test_killed_runs_leave_a_sound_log(found: dict[str, Any]) -> None:
     series = found["tracked"]["kills"]
-    assert len(series["kills"]) == NUM_TRACKED_KILLS
     assert series["faults"] == []
-    # The seed is such that the kills are worth something: in a training that goes on, and while the end is logged.
-    assert {"train", "after the last step"} <= {kill["unit"] for kill in series["kills"]}
-    assert series["num_ended"] >= 3
-    assert series["num_resumed"] >= 1
+    units = [kill["unit"] for kill in series["kills"]]
+    # In a training that goes on, after it, and while the end is logged.
+    assert units.count("train") >= 2
+    assert series["num_resumed"] == 1
+    assert units.count("after the last step") >= 2
+    assert series["num_ended"] >= 4
 
 
 def test_a_database_is_made_by_many_at_once_after_others_were_killed_at_it(found: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """All faults of whole runs in one process, whose imports they share: prints what was found as JSON.
 
-python -m tests.support.fault_suite FOLDER SEED NUM_KILLS NUM_TRACKED_KILLS [S3_ADDRESS]
+python -m tests.support.fault_suite FOLDER SEED NUM_KILLS [S3_ADDRESS]
 
 After two undisturbed runs, everything else goes on in forked processes, three at a time: each of them waits for locks, disks
 or processes of its own for about half of its time.
@@ -26,8 +26,9 @@ from tests.support.tracked_runs import create_together, interrupt_and_resume
 
 NUM_AT_ONCE = 3
 NUM_SHARING = 4
-# Kills with tracking hit a training that has a checkpoint, the steps after it, and what is logged at the end.
-TRACKED_SEED = 26
+# Kills of tracked runs: as the training begins, when it has checkpoints, as it resumes, after it, and while the end is
+# logged, which takes more where another MLflow run must be opened for it.
+TRACKED_MOMENTS = (0.1, 0.3, 0.05, 0.6, 0.8, 0.5, 1.2, 1.8)
 _SECONDS = 500.0
 
 Phase = Callable[[Path], dict[str, Any]]
@@ -78,20 +79,19 @@ def share_s3(
     )
 
 
-def phases(root: Path, seed: int, num_kills: int, num_tracked: int, s3_address: str | None) -> dict[str, Phase]:
+def phases(root: Path, seed: int, num_kills: int, s3_address: str | None) -> dict[str, Phase]:
     """All that is tried, by name, the longest first; each gets a folder of its own.
 
     Args:
         root: Receives the undisturbed runs.
         seed: Of the moments of kills.
         num_kills: How many without tracking.
-        num_tracked: How many with it.
         s3_address: Of a server, if there is one.
     """
     undisturbed = Undisturbed(root / "undisturbed")
 
     def tracked(folder: Path) -> dict[str, Any]:
-        series = KillSeries(folder, TRACKED_SEED, undisturbed, tracking=True).run(num_tracked)
+        series = KillSeries(folder, seed, undisturbed, tracking=True).run_at(TRACKED_MOMENTS)
         created = create_together(folder / "created", (150, 700), NUM_SHARING)
         interrupted = interrupt_and_resume(folder / "interrupted", undisturbed)
         return {"kills": asdict(series), "created": created, "interrupted": interrupted}
@@ -154,9 +154,9 @@ def run_all(root: Path, wanted: dict[str, Phase]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Runs everything and prints a JSON object with what each phase found."""
-    folder, seed, num_kills, num_tracked, *s3_address = sys.argv[1:]
+    folder, seed, num_kills, *s3_address = sys.argv[1:]
     root = Path(folder)
-    wanted = phases(root, int(seed), int(num_kills), int(num_tracked), s3_address[0] if s3_address else None)
+    wanted = phases(root, int(seed), int(num_kills), s3_address[0] if s3_address else None)
     sys.stdout.write(json.dumps(run_all(root, wanted)) + "\n")
 
 

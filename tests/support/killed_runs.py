@@ -9,8 +9,9 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,23 @@ class Undisturbed:
 
     def copy(self, name: str, folder: Path) -> Path:
         """Copies the store of that name; returns where the copy lies, which is ``store`` below the folder."""
+        self._copy(name, folder)
+        # The store knows its objects by their place on the disk; a run looks at all of them anew.
+        config = settings(str(folder / "store"))
+        answer = fork(lambda: {"summary": run_to_the_end(config)}, folder / "answer.json").wait()
+        assert answer is not None
+        assert all(step["cached"] for step in answer["summary"]["steps"].values())
+        return folder / "store"
+
+    def prepare_logging(self, root: Path) -> None:
+        """Makes a store in which every step before the training is done, and an empty database beside it."""
+        self._copy("plain", root.parent)
+        for pattern in _LOGGING:
+            for records in (root / "index").glob(pattern):
+                shutil.rmtree(records)
+        shutil.copyfile(self.database, root.parent / "mlflow.db")
+
+    def _copy(self, name: str, folder: Path) -> None:
         copies: dict[int, str] = {}
 
         def copy(source: str, target: str) -> None:
@@ -125,20 +143,6 @@ class Undisturbed:
 
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copytree(self.store(name), folder / "store", copy_function=copy)
-        # The store knows its objects by their place on the disk; a run looks at all of them anew.
-        config = settings(str(folder / "store"))
-        answer = fork(lambda: {"summary": run_to_the_end(config)}, folder / "answer.json").wait()
-        assert answer is not None
-        assert all(step["cached"] for step in answer["summary"]["steps"].values())
-        return folder / "store"
-
-    def prepare_logging(self, root: Path) -> None:
-        """Makes a store in which every step before the training is done, and an empty database beside it."""
-        self.copy("plain", root.parent)
-        for pattern in _LOGGING:
-            for records in (root / "index").glob(pattern):
-                shutil.rmtree(records)
-        shutil.copyfile(self.database, root.parent / "mlflow.db")
 
     def _run(self, name: str, *, tracking: bool) -> dict[str, Any]:
         config = settings(str(self.store(name)), tracking=tracking)
@@ -168,19 +172,43 @@ class KillSeries:
         self.report = Report()
 
     def run(self, num_kills: int, *, by_time: float = 0.0) -> Report:
-        """Kills so often.
+        """Kills so often, at random moments.
 
         Args:
             num_kills: How often.
             by_time: Share of the kills that come from outside, at a random time.
         """
+
+        def choose(store: Store) -> int | float | None:
+            if len(self.report.kills) >= num_kills:
+                return None
+            if self._random.random() < by_time:
+                return self._random.uniform(0.05, 1.0) * self._undisturbed.seconds
+            return self._random.randint(1, self._reach(store))
+
         for number in itertools.count():
             if len(self.report.kills) >= num_kills:
-                break
-            self._one_store(f"killed-{number}", num_kills, by_time)
+                return self.report
+            self._one_store(f"killed-{number}", choose)
+
+    def run_at(self, moments: Sequence[float]) -> Report:
+        """Kills one run after the other at chosen moments, and lets the last one finish.
+
+        Args:
+            moments: Each as a share of the changes that are left to an undisturbed run, from the first unit without a
+                record on.
+        """
+        left = iter(moments)
+
+        def choose(store: Store) -> int | None:
+            share = next(left, None)
+            return None if share is None else 1 + round(share * self._rest(store))
+
+        self._one_store("killed", choose)
         return self.report
 
-    def _one_store(self, name: str, num_kills: int, by_time: float) -> None:
+    def _one_store(self, name: str, choose: Callable[[Store], int | float | None]) -> None:
+        """Runs until one finishes; each is killed at a count of changes, at a time in seconds, or not at all."""
         folder = self._folder / name
         root = folder / "store"
         if self._tracking:
@@ -190,12 +218,11 @@ class KillSeries:
         while True:
             expected_step = newest_checkpoint(root)
             was_trained = bool(store.records("train"))
-            from_outside = self._random.random() < by_time
-            last = len(self.report.kills) >= num_kills
-            count = None if last or from_outside else self._random.randint(1, self._reach(store))
-            child = fork(lambda count=count: run_and_die(config, folder, count), self._folder / "answer.json")
-            if from_outside and not last:
-                time.sleep(self._random.uniform(0.05, 1.0) * self._undisturbed.seconds)
+            moment = choose(store)
+            count = moment if isinstance(moment, int) else None
+            child = fork(partial(run_and_die, config, folder, count), self._folder / "answer.json")
+            if isinstance(moment, float):
+                time.sleep(moment)
                 os.kill(child.pid, signal.SIGKILL)
             answer = child.wait()
             self._check(store, name)
@@ -203,11 +230,8 @@ class KillSeries:
                 self._check_resumed(store, records[0].outputs["training"].digest, expected_step, name)
             if answer is not None:
                 break
-            self.report.kills.append(
-                Kill(
-                    self._unit_at_work(store), "time" if from_outside else "count", newest_checkpoint(root), waste(root)
-                )
-            )
+            how = "time" if isinstance(moment, float) else "count"
+            self.report.kills.append(Kill(self._unit_at_work(store), how, newest_checkpoint(root), waste(root)))
         self.report.num_runs += 1
         expected = self._undisturbed.expected
         if (found := exact_artifacts(answer["summary"])) != expected:
@@ -223,13 +247,16 @@ class KillSeries:
 
     def _reach(self, store: Store) -> int:
         """Within how many changes the next kill comes."""
-        unit = self._unit_at_work(store)
         if self._tracking:
             # Anywhere in what is left, and now and then past it. To open another MLflow run takes some statements more.
-            units = list(self._changes)
-            return 200 + round(1.3 * sum(self._changes[name] for name in units[units.index(unit) :]))
+            return 200 + round(1.3 * self._rest(store))
         # Now and then past the end of a unit, so that each has its turn.
-        return 20 + round(1.3 * self._changes[unit])
+        return 20 + round(1.3 * self._changes[self._unit_at_work(store)])
+
+    def _rest(self, store: Store) -> int:
+        """Number of changes that are left to an undisturbed run."""
+        units = list(self._changes)
+        return sum(self._changes[name] for name in units[units.index(self._unit_at_work(store)) :])
 
     def _check(self, store: Store, name: str) -> None:
         self.report.faults += [f"{name}: {problem.path}: {problem.what}" for problem in store.verify().problems]
