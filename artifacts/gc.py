@@ -5,6 +5,7 @@
     object      removed if no kept manifest lists it and it is older than the grace time
     tmp         removed if its owner is dead
     work        what interrupted runs would pick up again: removed after a week without a change
+    notes       of what killed runs had begun elsewhere: removed after a week
     folders     materialised folders and cached downloads: removed if their artifact is gone and they have not
                 been asked for within the grace time
 
@@ -30,6 +31,7 @@ from artifacts.errors import writing
 from artifacts.index import IndexRecord
 from artifacts.locks import file_lock, remove_if_free
 from artifacts.manifest import Manifest
+from artifacts.notes import forgotten_notes
 from artifacts.pins import read_pins
 from artifacts.scratch import last_change, remove_tree, stale_scratch, tree_size
 from artifacts.sealed import BrokenSealError
@@ -52,7 +54,7 @@ class GcReport:
         abandoned: Keys whose interrupted work nobody has picked up.
         materialized: Digests of removed folders.
         cached: Digests of downloads removed from this machine.
-        leftovers: Expired pins and leases, unused lock files, unfinished uploads.
+        leftovers: Expired pins and leases, unused lock files, unfinished uploads, notes that nobody has picked up.
         freed_bytes: Size of all these.
         kept_records: Number of records that stay.
         kept_manifests: Number of artifacts that stay.
@@ -230,6 +232,8 @@ class _Collection:
 
     def _collect_leftovers(self) -> None:
         backend = self._store.backend
+        long_ago = time.time() - max(_RESUMABLE_SECONDS, self._grace_seconds)
+        self._remove_stored(forgotten_notes(backend, long_ago), self._report.leftovers)
         if isinstance(backend, LocalBackend):
             for path in sorted((backend.root / "locks").glob("*.lock")):
                 is_old = _modified(path) <= self._young_after

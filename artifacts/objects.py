@@ -28,6 +28,8 @@ _log = logging.getLogger("artifacts")
 
 # (address, digest, stamp) of objects whose bytes this process has read and found right.
 _verified: set[tuple[str, str, str]] = set()
+# What a process that lives for months may remember of it: 25 MB. Whatever is forgotten is read once more.
+_MOST_VERIFIED = 1 << 16
 
 
 def object_path(digest: str) -> str:
@@ -101,6 +103,8 @@ class Objects:
         """Remembers that the bytes of an object, in the state that the entry describes, are right."""
         if entry.stamp is None:
             return
+        if len(_verified) >= _MOST_VERIFIED:
+            _verified.clear()
         _verified.add((self.backend.url, digest, entry.stamp))
         if self._stamps_dir is None or self._stamp(digest) == entry.stamp:
             return

@@ -6,6 +6,7 @@
     <root>/materialized/<digest>/         artifacts as folders of hard links (local stores; else in the cache)
     <root>/cache/stamps/                  state in which each object was last found good (else in the cache)
     <root>/work/<key>/                    what an interrupted run picks up again (else in the cache)
+    <root>/notes/<name>.json              what a killed run has begun elsewhere, such as a run in a log of experiments
     <root>/tmp, locks, leases, pins       work in progress
 
 Publishing writes objects, then the manifest; `Store.record` writes the index record last. Each write is atomic,
@@ -21,7 +22,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from artifacts.index import Index, IndexRecord, now
 from artifacts.locks import LEASE_SECONDS, OnWait, file_lock, store_lock
 from artifacts.manifest import Manifest, manifest_path
 from artifacts.materialize import Materializer
+from artifacts.notes import Note, left_notes
 from artifacts.objects import Objects, in_parallel, object_path
 from artifacts.pins import PIN_SECONDS, Pin, pinned
 from artifacts.publishing import Ingest, empty_folder, scan
@@ -386,6 +388,34 @@ class Store:
             seconds: How long the pin outlives an owner that died.
         """
         return pinned(self.backend, artifacts, seconds)
+
+    def note(self, fields: Mapping[str, Any]) -> Note:
+        """Notes what this process begins elsewhere, for whoever comes after if it is killed.
+
+        Args:
+            fields: Small JSON data.
+
+        Returns:
+            The note, to be removed when all is done.
+
+        Raises:
+            StoreWriteError: If the store cannot be written.
+        """
+        return Note(self.backend, fields)
+
+    def left_notes(self, wanted: Callable[[Mapping[str, Any]], bool]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Notes whose writers are gone, each removed when the loop comes back from it; see `artifacts.notes`.
+
+        Args:
+            wanted: Which of them; the others stay.
+
+        Yields:
+            The name and what was noted.
+
+        Raises:
+            StoreUnavailableError: If the store cannot be read.
+        """
+        return left_notes(self.backend, wanted)
 
     def _remove(self, path: str) -> None:
         try:

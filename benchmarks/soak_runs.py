@@ -27,7 +27,7 @@ from typing import Any
 from artifacts.gc import GcReport, collect
 from artifacts.scratch import tree_size
 from artifacts.store import Store
-from tests.support.killed_runs import settings
+from tests.support.forked import settings
 from tests.support.local_flow import run_flow_locally
 from vlm.config import RunConfig
 

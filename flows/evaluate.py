@@ -16,6 +16,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.shared import (
+    all_cached,
     cancelled_when_interrupted,
     failures_tracked,
     finish_tracking,
@@ -54,10 +55,9 @@ def evaluate(config: EvaluateConfig, rerun_from: EvaluationStepName | None = Non
     try:
         with failures_tracked(session):
             scored, summary = run_mending(lambda: run_and_summarise(runs))
-            if not all(step["cached"] for step in summary["steps"].values()):
-                if session.tracker is not None:
-                    session.tracker.start()
-                    finish_tracking(session.tracker, session, summary, scored.metrics, scored.report)
+            if session.tracker is not None:
+                finish_tracking(session.tracker, session, summary, scored.metrics, scored.report)
+            if not all_cached(summary):
                 publish_to_prefect(summary)
             return summary
     finally:

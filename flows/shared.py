@@ -50,6 +50,15 @@ def value_of(state: State[Any]) -> Any:
     return state.result()
 
 
+def all_cached(summary: Json) -> bool:
+    """Whether a run found everything and did nothing.
+
+    Args:
+        summary: Of the finished run.
+    """
+    return all(step["cached"] for step in summary["steps"].values())
+
+
 def publish_to_prefect(summary: Json) -> None:
     """Shows metrics and the last lines on the run's page in the Prefect UI.
 
@@ -113,7 +122,7 @@ def failures_tracked(session: Session) -> Iterator[None]:
 def finish_tracking(
     tracker: Tracker, session: Session, summary: Json, metrics: ArtifactRef, report: ArtifactRef
 ) -> None:
-    """Writes what came out into the tracked run and ends it.
+    """Writes what came out into the tracked run and ends it; there is none where nothing ran.
 
     Args:
         tracker: Of the run.
@@ -122,6 +131,7 @@ def finish_tracking(
         metrics: Its metrics.
         report: Its report.
     """
+    tracker.start_if_due(did_something=not all_cached(summary))
     if tracker.run_id is not None:
         tracker.log_report(session.local(metrics), session.local(report))
     refs = {f"{n}.{o}": ref for n, result in session.results.items() for o, ref in result.outputs.items()}

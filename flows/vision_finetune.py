@@ -15,6 +15,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.shared import (
+    all_cached,
     announce_champion,
     cancelled_when_interrupted,
     failures_tracked,
@@ -61,7 +62,7 @@ def vision_finetune(config: RunConfig = DEFAULTS, rerun_from: StepName | None = 
             saved, summary = run_mending(lambda: run_and_summarise(session))
             if session.tracker is not None:
                 finish_tracking(session.tracker, session, summary, saved.metrics, saved.report)
-            if not all(step["cached"] for step in summary["steps"].values()):
+            if not all_cached(summary):
                 publish_to_prefect(summary)
                 announce_champion(summary)
             return summary

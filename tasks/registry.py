@@ -24,7 +24,7 @@ from artifacts.refs import ArtifactRef
 from tasks.comparison import compare_common_answers
 from tasks.graph import Json
 from tasks.session import Session, open_store
-from tasks.tracking import first_use
+from tasks.tracking_database import first_use
 from vlm.config.evaluation import ExportType
 from vlm.errors import ConfigError
 from vlm.evaluation.verdicts import verdict

@@ -1,26 +1,34 @@
 """MLflow: one run per flow that did any work, and one nested run per training.
 
-MLflow takes seconds to import, so a run with nothing to do never touches it.
+MLflow takes seconds to import, so a run with nothing to do never touches it; unless one like it was killed before it had
+logged its results.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from artifacts.errors import StoreError
+from artifacts.notes import Note
 from artifacts.refs import ArtifactRef
 from tasks.graph import Json
+from tasks.killed_runs import NOTE_TAG, TrackingError, end_killed_runs, lacks_results, note_run
 from tasks.session import Session
+from tasks.tracking_database import first_use, set_experiment
 from vlm.errors import ConfigError
 from vlm.redaction import without_secrets
 
 RUN_ID_FILE = "mlflow_run_id"
+
+_log = logging.getLogger("flows")
 
 
 def tracking_uri(session: Session) -> str:
@@ -46,7 +54,7 @@ def viewer(uri: str) -> str:
 
 
 class Tracker:
-    """Logs one flow run; opened by the first step that really runs."""
+    """Logs one flow run; opened by its training, and at the end of a run that did something else."""
 
     def __init__(self, session: Session, flow_run_id: str | None, shown: BaseModel | None = None) -> None:
         """Prepares, without importing MLflow.
@@ -61,6 +69,7 @@ class Tracker:
         self.flow_run_id = flow_run_id
         self.uri = tracking_uri(session)
         self.run_id: str | None = None
+        self._note: Note | None = None
 
     def start(self) -> str:
         """Opens the MLflow run unless it is open; returns its id.
@@ -72,21 +81,37 @@ class Tracker:
             return self.run_id
         import mlflow
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         mlflow.set_tracking_uri(self.uri)
         try:
             with first_use(self.uri):
-                _set_experiment(self.uri, self.session.config.tracking.experiment)
-            run = mlflow.start_run(tags=self._tags())
-        except MlflowException as error:
+                set_experiment(self.uri, self._experiment)
+            self._note = note_run(self.session.store, self.uri, self._experiment, self._parameters)
+            self.run_id = str(mlflow.start_run(tags=self._tags()).info.run_id)
+            mlflow.log_params(self._parameters)
+            with _left_to_the_next():
+                end_killed_runs(self.session.store, self.uri)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             # Not chained: MLflow repeats the address, password and all, and Prefect keeps tracebacks.
             raise ConfigError(
                 f"tracking.uri {self.uri!r} cannot be used ({error}); check the address and its login (MLFLOW_TRACKING_USERNAME"
                 " and MLFLOW_TRACKING_PASSWORD), or set tracking.enabled to false"
             ) from None
-        mlflow.log_params(flat(self.shown.model_dump(mode="json", exclude={"runtime", "tracking"})))
-        self.run_id = str(run.info.run_id)
         return self.run_id
+
+    def start_if_due(self, *, did_something: bool) -> None:
+        """Opens the MLflow run at the end of a flow, if there is something to log.
+
+        Args:
+            did_something: Whether a step ran. Otherwise there is, if a run with the same settings was killed after its last
+                step and before it had logged what came out.
+        """
+        if not did_something:
+            with _left_to_the_next():
+                did_something = lacks_results(self.session.store, self.uri, self._parameters)
+        if did_something:
+            self.start()
 
     @contextmanager
     def training(self, work_dir: Path) -> Iterator[Any]:
@@ -96,10 +121,11 @@ class Tracker:
 
         remembered = work_dir / RUN_ID_FILE
         run_id = remembered.read_text().strip() if remembered.exists() else ""
-        resumes = _is_known(run_id)
+        resumes = self._is_known(run_id)
         if resumes:
             # A nested run that resumes keeps its curve, below the flow run that finishes it.
-            nested = mlflow.start_run(run_id=run_id, nested=True)
+            tags = self._tags() | {"mlflow.parentRunId": str(self.run_id)}
+            nested = mlflow.start_run(run_id=run_id, nested=True, tags=tags)
         else:
             nested = mlflow.start_run(run_name="train", nested=True, tags=self._tags())
         try:
@@ -107,7 +133,7 @@ class Tracker:
                 # Once: MLflow refuses another value, and how often to log or save may be another one by now.
                 mlflow.log_params(flat({"training": self.session.config.training.model_dump(mode="json")}))
                 remembered.write_text(nested.info.run_id)
-            yield _metric_callback()
+            yield _metric_callback(_logged(run_id) if resumes else frozenset())
         except BaseException as error:
             mlflow.end_run("FAILED" if isinstance(error, Exception) else "KILLED")
             raise
@@ -141,17 +167,56 @@ class Tracker:
         if dataset := digests.get("prepare_dataset.dataset"):
             _log_dataset(self.run_id, dataset, self.session.config.runtime.store)
         mlflow.end_run()
+        assert self._note is not None
+        try:
+            self._note.remove()
+        except StoreError as error:
+            _log.warning(
+                "A note of this run stays in the store: %s", error
+            )  # whoever finds it sees that the run has ended
 
     def fail(self, killed: bool) -> None:
-        """Closes the run of a flow that did not finish."""
+        """Closes the run of a flow that did not finish; the next one with the same settings logs what came out."""
         if self.run_id is not None:
             import mlflow
+            from mlflow.exceptions import MlflowException
 
-            while mlflow.active_run() is not None:
-                mlflow.end_run("KILLED" if killed else "FAILED")
+            try:
+                while mlflow.active_run() is not None:
+                    mlflow.end_run("KILLED" if killed else "FAILED")
+            except MlflowException as error:
+                # What ended the flow is the error that counts; whoever comes next sees to this one by its note.
+                _log.warning("The MLflow run could not be closed: %s", error)
+        if self._note is not None:
+            self._note.leave()
+
+    @property
+    def _experiment(self) -> str:
+        return self.session.config.tracking.experiment
+
+    @cached_property
+    def _parameters(self) -> dict[str, str]:
+        return flat(self.shown.model_dump(mode="json", exclude={"runtime", "tracking"}))
 
     def _tags(self) -> dict[str, str]:
-        return {"prefect.flow_run_id": self.flow_run_id} if self.flow_run_id else {}
+        tags = {} if self._note is None else {NOTE_TAG: self._note.name}
+        return tags | ({"prefect.flow_run_id": self.flow_run_id} if self.flow_run_id else {})
+
+    def _is_known(self, run_id: str) -> bool:
+        """Whether there is a run of that id where this one logs.
+
+        The log may have been removed, or moved, or another experiment been chosen, since a training was killed.
+        """
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if not run_id or (run := mlflow.get_run(run_id)).info.lifecycle_stage != "active":
+                return False
+            experiment = mlflow.get_experiment_by_name(self._experiment)
+        except MlflowException:
+            return False
+        return experiment is not None and run.info.experiment_id == experiment.experiment_id
 
 
 @contextmanager
@@ -162,6 +227,15 @@ def training_callbacks(session: Session, work_dir: Path) -> Iterator[list[Any]]:
         return
     with session.tracker.training(work_dir) as callback:
         yield [callback]
+
+
+@contextmanager
+def _left_to_the_next() -> Iterator[None]:
+    """What killed flows left is no reason to fail."""
+    try:
+        yield
+    except (StoreError, TrackingError) as error:
+        _log.warning("MLflow may still show runs of flows that were killed as running: %s", error)
 
 
 def flat(tree: Json, prefix: str = "") -> dict[str, str]:
@@ -175,45 +249,16 @@ def flat(tree: Json, prefix: str = "") -> dict[str, str]:
     return leaves
 
 
-def _set_experiment(uri: str, name: str) -> None:
-    """Makes an experiment the current one; where runs go to a file, what they log lies beside it.
+def _logged(run_id: str) -> Set[tuple[str, int]]:
+    """Which figures of which steps a run has.
 
-    Otherwise MLflow would put it into a folder of the working directory, whatever that happens to be.
+    A training that was killed goes on from its last checkpoint, and so repeats the steps after it to the same figures.
     """
     import mlflow
 
-    if uri.startswith("sqlite:///") and mlflow.get_experiment_by_name(name) is None:
-        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlflow_artifacts"
-        mlflow.create_experiment(name, artifact_location=folder.as_uri())
-    mlflow.set_experiment(name)
-
-
-def _is_known(run_id: str) -> bool:
-    """Whether there is still a run of that id; the log may have been removed, or moved, since a training was killed."""
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return bool(run_id) and mlflow.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException:
-        return False
-
-
-@contextmanager
-def first_use(uri: str) -> Iterator[None]:
-    """Lets one process at a time create the SQLite tables: several at once fail half-way through.
-
-    Args:
-        uri: The tracking address; only that of a SQLite file needs this.
-    """
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    database = Path(uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{database}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    client = mlflow.MlflowClient()
+    names = client.get_run(run_id).data.metrics
+    return {(name, entry.step) for name in names for entry in client.get_metric_history(run_id, name)}
 
 
 def _log_dataset(run_id: str, ref: ArtifactRef, store: str) -> None:
@@ -227,15 +272,18 @@ def _log_dataset(run_id: str, ref: ArtifactRef, store: str) -> None:
     mlflow.MlflowClient().log_inputs(run_id, datasets=[used])
 
 
-def _metric_callback() -> Any:
+def _metric_callback(logged: Set[tuple[str, int]]) -> Any:
     import mlflow
     from transformers import TrainerCallback
 
     class LogMetrics(TrainerCallback):
-        """Sends every logged figure to the active MLflow run."""
+        """Sends every figure to the active MLflow run, but for those that it has."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            step = state.global_step
             figures = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
-            mlflow.log_metrics(figures, step=state.global_step)
+            mlflow.log_metrics(
+                {name: value for name, value in figures.items() if (name, step) not in logged}, step=step
+            )
 
     return LogMetrics()

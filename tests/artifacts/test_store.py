@@ -19,6 +19,7 @@ from artifacts import (
     Store,
     UnhashableError,
     hashing,
+    objects,
 )
 from artifacts.backend import LocalBackend
 from artifacts.manifest import manifest_path
@@ -228,6 +229,15 @@ def test_lookup_reads_an_object_only_if_its_stamp_changed(
         assert reopen().lookup("load_model", KEY) is None
     assert reopen().lookup("load_model", KEY) is not None or not store.backend.is_local
     assert read == [path]
+
+
+def test_what_is_remembered_of_verified_objects_is_bounded(file_store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(objects, "_verified", set())
+    monkeypatch.setattr(objects, "_MOST_VERIFIED", 3)
+    refs = [publish(file_store, {"own": f"{number}"}) for number in range(8)]
+    assert len(objects._verified) <= 3
+    for number, ref in enumerate(refs):
+        assert read_tree(file_store.materialize(ref)) == {"own": f"{number}".encode()}
 
 
 def test_read_text(store: Store, reopen: Callable[[], Store]):

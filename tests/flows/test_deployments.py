@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -70,6 +72,11 @@ def state_of(url: str, flow_run: dict[str, Any]) -> dict[str, Any]:
         return state
 
 
+def mlflow_states(database: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return [state for (state,) in connection.execute("select status from runs order by status")]
+
+
 def wait_until(is_so: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
@@ -111,11 +118,13 @@ def test_all_deploy_and_one_is_cancelled_and_then_runs_to_completed(server: dict
         wait_until(lambda: state_of(url, cancelled)["type"] == "CANCELLED", 30)
         assert len(list((tmp_path / "store" / "work").glob("*/checkpoint-*"))) == 1
         assert len(logged_steps(log)) < 40
+        assert mlflow_states(log) == ["KILLED", "KILLED"], "the flow's own, and its training's"
         flow_run = post(create, body)
         wait_until(lambda: state_of(url, flow_run)["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"), 300)
     steps = logged_steps(log)
     assert steps == sorted(set(steps)), "what the cancelled run had trained was not trained again"
     assert steps[-1] == 40
+    assert mlflow_states(log) == ["FINISHED", "FINISHED", "KILLED"], "the training's went on"
     state = state_of(url, flow_run)
     assert state["type"] == "COMPLETED", state
     tasks = post(f"{url}/task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run["id"]]}}})
