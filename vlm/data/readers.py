@@ -12,8 +12,8 @@ import json
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from fsspec.spec import AbstractBufferedFile
 
 from vlm.data.locations import is_local
+from vlm.data.ranges import WHOLE, Cutter, PartSize, RowRange, cut_units
 from vlm.data.rows import Row, UnreadableRow
 from vlm.errors import DataError
 
@@ -39,20 +40,45 @@ _PEEKED_ROWS = 50
 UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
-def read_rows(fs: Any, path: str, file_format: str) -> Iterator[Row | UnreadableRow]:
+def read_rows(fs: Any, path: str, file_format: str, part: RowRange = WHOLE) -> Iterator[Row | UnreadableRow]:
     """Yields the rows of one file in order.
 
     Args:
         fs: fsspec file system.
         path: Path on it.
         file_format: ``"parquet"``, ``"arrow"``, ``"jsonl"`` or ``"csv"``.
+        part: Which rows, as `cut_rows` gives them.
 
     Raises:
         DataError: If the file as a whole cannot be read.
     """
     reader = {"parquet": _parquet_rows, "arrow": _arrow_rows, "jsonl": _jsonl_rows, "csv": _csv_rows}[file_format]
     with _named_errors(path, file_format):
-        yield from reader(fs, path)
+        yield from part.of(reader(fs, path, part))
+
+
+def cut_rows(fs: Any, path: str, file_format: str, size: PartSize, counted: bool) -> Iterator[RowRange]:
+    """Divides the rows of one file into ranges, each of which can be read alone; no row is parsed where that can be avoided.
+
+    Parquet is cut by its footer, Arrow by its batches; texts are gone through once. What lies elsewhere and would have to be
+    fetched as a whole for that, an Arrow file, is one range.
+
+    Args:
+        fs: fsspec file system.
+        path: Path on it.
+        file_format: As of `read_rows`.
+        size: Of a range.
+        counted: Whether each range must say how many rows it has.
+
+    Raises:
+        DataError: If the file as a whole cannot be read.
+    """
+    if file_format == "arrow" and not counted and not is_local(fs):
+        yield WHOLE
+        return
+    cut = {"parquet": _cut_parquet, "arrow": _cut_arrow, "jsonl": _cut_jsonl, "csv": _cut_csv}[file_format]
+    with _named_errors(path, file_format):
+        yield from cut(fs, path, size)
 
 
 @contextmanager
@@ -87,7 +113,7 @@ def columns_of(fs: Any, path: str, file_format: str) -> list[str]:
             with _text_input(fs, path) as text:
                 return next(csv.reader(_bounded_lines(text), delimiter=_delimiter(path)), [])
         names: dict[str, None] = {}
-        for row in itertools.islice(_jsonl_rows(fs, path), _PEEKED_ROWS):
+        for row in itertools.islice(_jsonl_rows(fs, path, WHOLE), _PEEKED_ROWS):
             if isinstance(row, dict):
                 names.update(dict.fromkeys(row))
         return list(names)
@@ -104,21 +130,49 @@ def _arrow_input(fs: Any, path: str) -> Iterator[Any]:
             yield handle
 
 
-def _parquet_rows(fs: Any, path: str) -> Iterator[Row]:
+def _clipped(batches: Iterable[Any], part: RowRange) -> Iterator[Any]:
+    """The batches from which a range reads, without the rows before and behind it."""
+    skip, left = part.skip, part.num_rows
+    for batch in batches:
+        if skip >= batch.num_rows:
+            skip -= batch.num_rows
+            continue
+        batch = batch.slice(skip) if left is None else batch.slice(skip, left)
+        skip = 0
+        yield batch
+        if left is not None:
+            left -= batch.num_rows
+            if left <= 0:
+                return
+
+
+def _parquet_rows(fs: Any, path: str, part: RowRange) -> Iterator[Row]:
     # A mapped parquet file would count every page it touched as memory in use, hence plain buffered reads.
     source = pa.OSFile(path) if is_local(fs) else fs.open(path, "rb")
     with source as handle:
         file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
         labels = _label_names(file.schema_arrow)
-        for group in range(file.metadata.num_row_groups):
-            info = file.metadata.row_group(group)
-            if info.num_rows == 0:
-                continue
-            # A value of a dictionary may stand in every row. (What single columns say of themselves is not asked for: where
-            # that is damaged, pyarrow ends the process.)
-            batch_rows = _rows_per_batch(info.total_byte_size, info.num_rows, info.total_byte_size)
-            for batch in file.iter_batches(batch_size=batch_rows, row_groups=[group], use_threads=False):
-                yield from _with_labels(batch, labels)
+        for batch in _clipped(_parquet_batches(file, part.at), part):
+            yield from _with_labels(batch, labels)
+
+
+def _parquet_batches(file: Any, first_group: int) -> Iterator[Any]:
+    for group in range(first_group, file.metadata.num_row_groups):
+        info = file.metadata.row_group(group)
+        if info.num_rows == 0:
+            continue
+        # A value of a dictionary may stand in every row. (What single columns say of themselves is not asked for: where
+        # that is damaged, pyarrow ends the process.)
+        batch_rows = _rows_per_batch(info.total_byte_size, info.num_rows, info.total_byte_size)
+        yield from file.iter_batches(batch_size=batch_rows, row_groups=[group], use_threads=False)
+
+
+def _cut_parquet(fs: Any, path: str, size: PartSize) -> Iterator[RowRange]:
+    with _arrow_input(fs, path) as handle:
+        metadata = pq.ParquetFile(handle).metadata
+        groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
+        units = [(group.num_rows, group.total_byte_size) for group in groups]
+    yield from cut_units(units, size)
 
 
 def _ipc_reader(handle: Any) -> Any:
@@ -127,21 +181,37 @@ def _ipc_reader(handle: Any) -> Any:
     return pa.ipc.open_file(handle) if magic == b"ARROW1" else pa.ipc.open_stream(handle)
 
 
-def _arrow_rows(fs: Any, path: str) -> Iterator[Row]:
+def _arrow_rows(fs: Any, path: str, part: RowRange) -> Iterator[Row]:
     with _arrow_input(fs, path) as handle:
         reader = _ipc_reader(handle)
         labels = _label_names(reader.schema)
-        is_file = hasattr(reader, "num_record_batches")
-        batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else reader
-        for batch in batches:
-            if batch.num_rows == 0:
-                continue
-            # A file may say that a value starts anywhere in memory.
-            batch.validate(full=True)
-            repeated = batch.nbytes if any(_repeats(field.type) for field in batch.schema) else 0
-            step = _rows_per_batch(batch.nbytes, batch.num_rows, repeated)
-            for start in range(0, batch.num_rows, step):
-                yield from _with_labels(batch.slice(start, step), labels)
+        for batch in _clipped(_small_batches(_arrow_batches(reader, part.at)), part):
+            yield from _with_labels(batch, labels)
+
+
+def _arrow_batches(reader: Any, first: int) -> Iterator[Any]:
+    if hasattr(reader, "num_record_batches"):
+        return (reader.get_batch(index) for index in range(first, reader.num_record_batches))
+    return itertools.islice(reader, first, None)
+
+
+def _small_batches(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if batch.num_rows == 0:
+            continue
+        # A file may say that a value starts anywhere in memory.
+        batch.validate(full=True)
+        repeated = batch.nbytes if any(_repeats(field.type) for field in batch.schema) else 0
+        step = _rows_per_batch(batch.nbytes, batch.num_rows, repeated)
+        for start in range(0, batch.num_rows, step):
+            yield batch.slice(start, step)
+
+
+def _cut_arrow(fs: Any, path: str, size: PartSize) -> Iterator[RowRange]:
+    with _arrow_input(fs, path) as handle:
+        # Sizes of buffers, since they say nothing about values, which nobody has validated yet.
+        units = ((batch.num_rows, batch.get_total_buffer_size()) for batch in _arrow_batches(_ipc_reader(handle), 0))
+        yield from cut_units(units, size)
 
 
 def _rows_per_batch(size_bytes: int, num_rows: int, repeated_bytes: int) -> int:
@@ -187,26 +257,22 @@ def _with_labels(batch: Any, labels: dict[str, list[str]]) -> Iterator[Row]:
         yield row
 
 
-def _jsonl_rows(fs: Any, path: str) -> Iterator[Row | UnreadableRow]:
-    with _opened(fs, path) as lines:
-        first = True
-        while line := lines.readline(MAX_LINE_BYTES):
-            if len(line) >= MAX_LINE_BYTES and not line.endswith(b"\n"):
-                _skip_line(lines)
+def _jsonl_rows(fs: Any, path: str, part: RowRange) -> Iterator[Row | UnreadableRow]:
+    with _opened(fs, path, part.at) as lines:
+        first = part.at == 0
+        for _, line in _jsonl_lines(lines):
+            if line is None:
                 yield UnreadableRow(
                     "row_too_large", f"this line is over {MAX_LINE_BYTES >> 20} MiB; keep images in files of their own"
                 )
                 continue
-            stripped = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if not stripped:
-                continue
-            if first and stripped.startswith(b"["):
+            if first and line.startswith(b"["):
                 raise DataError(
                     f"{path!r} is one JSON array; rows are read one per line. Convert it: jq -c '.[]' {path} > rows.jsonl"
                 )
             first = False
             try:
-                row = json.loads(stripped)
+                row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 yield UnreadableRow("bad_json", f"this line is not JSON: {error}")
                 continue
@@ -217,17 +283,46 @@ def _jsonl_rows(fs: Any, path: str) -> Iterator[Row | UnreadableRow]:
             )
 
 
+def _jsonl_lines(lines: Any) -> Iterator[tuple[int, bytes | None]]:
+    """Bytes read up to the end of a line, and the line, if it is not blank; None for one that is too long."""
+    num_bytes = 0
+    while line := lines.readline(MAX_LINE_BYTES):
+        num_bytes += len(line)
+        if len(line) >= MAX_LINE_BYTES and not line.endswith(b"\n"):
+            num_bytes += _skip_line(lines)
+            yield num_bytes, None
+        elif stripped := line.removeprefix(b"\xef\xbb\xbf").strip():
+            yield num_bytes, stripped
+
+
+def _cut_jsonl(fs: Any, path: str, size: PartSize) -> Iterator[RowRange]:
+    cutter = Cutter(0, size)
+    with _opened(fs, path) as lines:
+        for end, _ in _jsonl_lines(lines):
+            yield from cutter.row(end)
+    yield from cutter.rest()
+
+
 @contextmanager
-def _opened(fs: Any, path: str) -> Iterator[Any]:
-    """A file that gives lines of at most a length, which remote ones do not by themselves."""
+def _opened(fs: Any, path: str, at: int = 0) -> Iterator[Any]:
+    """A file that gives lines of at most a length, which remote ones do not by themselves; from a byte on.
+
+    In a compressed one, all before that byte is decompressed once more.
+    """
     with fs.open(path, "rb", compression="infer") as raw:
+        if at:
+            raw.seek(at)
         yield io.BufferedReader(raw) if isinstance(raw, AbstractBufferedFile) else raw
 
 
-def _skip_line(lines: Any) -> None:
+def _skip_line(lines: Any) -> int:
+    """Passes over the rest of a line; returns its bytes."""
+    num_bytes = 0
     while piece := lines.readline(_READ_BUFFER_BYTES):
+        num_bytes += len(piece)
         if piece.endswith(b"\n"):
-            return
+            break
+    return num_bytes
 
 
 def _bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
@@ -240,10 +335,10 @@ def _bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
 
 
 @contextmanager
-def _text_input(fs: Any, path: str) -> Iterator[io.TextIOWrapper]:
+def _text_input(fs: Any, path: str, at: int = 0) -> Iterator[io.TextIOWrapper]:
     with (
-        _opened(fs, path) as raw,
-        io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text,
+        _opened(fs, path, at) as raw,
+        io.TextIOWrapper(raw, encoding="utf-8" if at else "utf-8-sig", newline="") as text,
     ):
         yield text
 
@@ -252,18 +347,46 @@ def _delimiter(path: str) -> str:
     return "\t" if ".tsv" in path.rsplit("/", 1)[-1].lower() else ","
 
 
-def _csv_rows(fs: Any, path: str) -> Iterator[Row | UnreadableRow]:
+def _csv_reader(lines: Iterator[str], path: str) -> Any:
     # The limit is process-wide, so it is only ever raised; ready conversations exceed the default of 128 KiB.
     csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_LIMIT))
-    with _text_input(fs, path) as text:
-        reader = csv.reader(_bounded_lines(text), delimiter=_delimiter(path))
-        header = next(reader, [])
+    return csv.reader(lines, delimiter=_delimiter(path))
+
+
+def _csv_rows(fs: Any, path: str, part: RowRange) -> Iterator[Row | UnreadableRow]:
+    with ExitStack() as stack:
+        text = stack.enter_context(_text_input(fs, path))
+        reader = _csv_reader(_bounded_lines(text), path)
+        header: list[str] = next(reader, [])
+        if part.at:
+            text = stack.enter_context(_text_input(fs, path, part.at))
+            reader = _csv_reader(_bounded_lines(text), path)
         for cells in reader:
             if not cells:
                 continue
             if len(cells) != len(header):
-                yield UnreadableRow(
-                    "bad_csv", f"line {reader.line_num} has {len(cells)} cells, the header has {len(header)}"
-                )
+                line = part.line + reader.line_num
+                yield UnreadableRow("bad_csv", f"line {line} has {len(cells)} cells, the header has {len(header)}")
                 continue
             yield dict(zip(header, cells, strict=True))
+
+
+def _cut_csv(fs: Any, path: str, size: PartSize) -> Iterator[RowRange]:
+    with _opened(fs, path) as raw:
+        # Read before the text is, since decoding drops it.
+        num_bytes = 3 if raw.read(3) == b"\xef\xbb\xbf" else 0
+
+    def counted(lines: Iterator[str]) -> Iterator[str]:
+        nonlocal num_bytes
+        for line in lines:
+            num_bytes += len(line.encode())
+            yield line
+
+    with _text_input(fs, path) as text:
+        reader = _csv_reader(counted(_bounded_lines(text)), path)
+        next(reader, [])
+        cutter = Cutter(num_bytes, size, reader.line_num)
+        for cells in reader:
+            if cells:
+                yield from cutter.row(num_bytes, reader.line_num)
+        yield from cutter.rest()
