@@ -164,3 +164,19 @@ class ExchangeOwner(Exchange):
             yield local
             os.remove(local)
         self.fs.rm_file(path)
+
+
+def remove_exchange(address: str) -> None:
+    """Removes the folder with all that is left in it; nothing happens if it is not there.
+
+    Args:
+        address: Of the folder.
+    """
+    fs, root = open_exactly(address)
+    fs.invalidate_cache()
+    # A worker that is just being told to stop may still make a file in it.
+    for _ in range(3):
+        with suppress(FileNotFoundError):
+            fs.rm(root, recursive=True)
+        if not fs.exists(root):
+            return

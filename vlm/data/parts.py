@@ -12,6 +12,7 @@ import os
 import socket
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -72,7 +73,6 @@ class PartResult:
     """What became of a part.
 
     Attributes:
-        part: The part.
         file: Its file in the exchange folder.
         num_rows: Rows in it.
         size_bytes: Of the file, roughly.
@@ -80,7 +80,6 @@ class PartResult:
         limit_tokens: Longest conversation that was let in; None means any.
     """
 
-    part: Part
     file: str
     num_rows: int
     size_bytes: int
@@ -124,7 +123,7 @@ def prepare_part(part: Part, open_processing: OpenProcessing) -> PartResult:
             row = FinishedRow.of(outcome)
             writer.add(row)
             size_bytes += 0 if row.record is None else row.record.size_bytes
-    return PartResult(part, name, writer.num_rows, size_bytes, time.monotonic() - started, maker.limit_tokens)
+    return PartResult(name, writer.num_rows, size_bytes, time.monotonic() - started, maker.limit_tokens)
 
 
 def prepare_in_parts(
@@ -171,7 +170,7 @@ def prepare_in_parts(
             plan.learn(result)
             limit_tokens = result.limit_tokens
             with owner.reading(result.file) as path:
-                bar.update(plan.join(result, path, sink))
+                bar.update(plan.join_next(result, path, sink))
         if plan.error is not None:
             raise plan.error
         summary = sink.summary(limit_tokens)
@@ -197,6 +196,7 @@ class _Plan:
         self._size = PartSize(_FIRST_ROWS, _PART_SOURCE_BYTES, max_pieces)
         self._planned, self._joined = RowQuota(), RowQuota()
         self._num_joined = [0] * len(streams)
+        self._given: deque[Part] = deque()
         self.error: DataError | None = None
 
     def parts(self) -> Iterator[Part]:
@@ -206,7 +206,7 @@ class _Plan:
             for stream_number, stream in enumerate(self._streams):
                 seen = None if stream.local_file is None else _size_and_time(stream.local_file)
                 for rows in self._ranges(stream):
-                    yield Part(
+                    part = Part(
                         number,
                         stream_number,
                         stream,
@@ -217,6 +217,8 @@ class _Plan:
                         self._num_threads,
                         seen,
                     )
+                    self._given.append(part)
+                    yield part
                     number += 1
         except DataError as error:
             self.error = error
@@ -246,14 +248,14 @@ class _Plan:
         wanted = min(max(by_time, self._size.max_rows / 2), self._size.max_rows * 4)
         self._size.max_rows = int(min(max(1, min(wanted, by_bytes)), _MOST_ROWS))
 
-    def join(self, result: PartResult, path: Path, sink: Sink) -> int:
-        """Takes the rows of a part.
+    def join_next(self, result: PartResult, path: Path, sink: Sink) -> int:
+        """Takes the rows of the first part that was given and not joined yet.
 
         Returns:
             How many.
         """
-        number, stream = result.part.stream_number, result.part.stream
-        expected = result.part.rows.num_rows
+        part = self._given.popleft()
+        number, stream, expected = part.stream_number, part.stream, part.rows.num_rows
         if expected is not None and stream.cut is not None and result.num_rows != expected:
             raise DataError(f"{stream.label!r} has changed while it was read; run again when it is complete")
         taken = 0
