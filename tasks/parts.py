@@ -160,7 +160,7 @@ def _dask_workers(address: str) -> Iterator[Workers]:
             )
         if isinstance(error, ImportError) or "deserializ" in str(error):
             return ResourceError(
-                f"a worker of {address!r} cannot read what it is sent ({error}: {error.__cause__}); install the same version of this"
+                f"the scheduler {address!r}, or a worker of it, cannot read what it is sent ({error}: {error.__cause__}); install the same version of this"
                 " project and of its packages there"
             )
         return None
