@@ -146,9 +146,9 @@ class Sides:
 
         def run(parts: Any) -> Any:
             for result in self.workers.run(parts):
-                start = time.perf_counter()
+                start = time.thread_time()
                 yield result
-                self.join_seconds += time.perf_counter() - start
+                self.join_seconds += time.thread_time() - start
 
         self.join_seconds = 0.0
         with tempfile.TemporaryDirectory(dir=self.folder) as exchange, tempfile.TemporaryDirectory() as scratch:
@@ -180,7 +180,7 @@ def compare_with_threads(options: argparse.Namespace) -> None:
             print(f"{platform.machine()}, {os.cpu_count()} cores, {how}, {workers.num_workers()} at once, against")
             print(f"{options.workers} threads; best of {options.repeats}; start {time.perf_counter() - start:.1f} s\n")
             print(
-                "| rows | threads, rows/s | elsewhere, rows/s | ratio | joining, ms/row | same bytes | machine load |"
+                "| rows | threads, rows/s | elsewhere, rows/s | ratio | joining, CPU ms/row | same bytes | machine load |"
             )
             print("|---|---|---|---|---|---|---|")
             for kind, num_rows in (("sroie_kie", 400), ("sroie_lines", 6000), ("sroie_lines", 20_000)):
