@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def prepare_dataset(session: Session, checkpoint: ArtifactRef) -> ArtifactRef:
 
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         processor_dir = inputs["processor"] / "processor"
-        if session.config.data.distributed.is_single:
+        distributed = session.config.data.distributed
+        on_one_core = distributed.num_processes == "auto" and len(os.sched_getaffinity(0)) == 1
+        if distributed.is_single or on_one_core:
             return _here(session, processor_dir, stage)
         return _in_parts(session, processor_dir, stage)
 
