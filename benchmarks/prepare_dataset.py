@@ -183,7 +183,7 @@ def compare_with_threads(options: argparse.Namespace) -> None:
                 "| rows | threads, rows/s | elsewhere, rows/s | ratio | joining, CPU ms/row | same bytes | machine load |"
             )
             print("|---|---|---|---|---|---|---|")
-            for kind, num_rows in (("sroie_kie", 400), ("sroie_lines", 6000), ("sroie_lines", 20_000)):
+            for kind, num_rows in (("sroie_kie", 1600), ("sroie_lines", 6000), ("sroie_lines", 20_000)):
                 path = make_rows(options.data, kind, num_rows, folder)
                 sides = Sides(path, folder / "processor", folder, workers, options.workers)
                 threads, others, joins = [], [], []
