@@ -1,15 +1,21 @@
 """Speed and memory of step 3, against bare Pillow on all cores.
 
     python benchmarks/prepare_dataset.py [--data ../shared/data] [--workers N]
+    python benchmarks/prepare_dataset.py --processes N     several processes against threads
+    python benchmarks/prepare_dataset.py --dask tcp://host:port
 
 Two loads from the SROIE receipts: whole pages (decoding dominates) and single lines (everything else does). The yardstick only
 decodes and resizes: a pool of processes, one per core, bytes already in memory. Ours reads the parquet file, validates, tokenises
 with the built-in model's processor and writes the dataset as well.
+
+With `--processes` or `--dask`, parts are prepared through Prefect's task runners as in a run, against threads in this process;
+workers are started once, and both sides take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import multiprocessing
@@ -109,6 +115,88 @@ def peak_memory_mib(path: Path, folder: Path, num_workers: int) -> tuple[float, 
     return before / 1024, peak / 1024
 
 
+def digest(folder: Path) -> str:
+    """Of all files and their names."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found.update(path.relative_to(folder).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
+
+
+class Sides:
+    """Threads of this process, and workers elsewhere."""
+
+    def __init__(self, path: Path, processor_dir: Path, folder: Path, workers: Any, num_threads: int) -> None:
+        from vlm.config.data import DataConfig
+
+        self.data = DataConfig.model_validate({"sources": [{"path": str(path), "split": "train"}]})
+        self.processor_dir, self.folder, self.workers, self.num_threads = processor_dir, folder, workers, num_threads
+        self.join_seconds = 0.0
+
+    def in_threads(self, output: Path) -> None:
+        """Prepares as by default."""
+        from vlm.data.prepare import prepare_dataset
+        from vlm.processing import Processing
+
+        prepare_dataset(self.data, Processing.from_dir(self.processor_dir), output, num_workers=self.num_threads)
+
+    def elsewhere(self, output: Path) -> None:
+        """Has the workers prepare."""
+        from vlm.data.parts import prepare_in_parts
+
+        def run(parts: Any) -> Any:
+            for result in self.workers.run(parts):
+                start = time.thread_time()
+                yield result
+                self.join_seconds += time.thread_time() - start
+
+        self.join_seconds = 0.0
+        with tempfile.TemporaryDirectory(dir=self.folder) as exchange, tempfile.TemporaryDirectory() as scratch:
+            prepare_in_parts(self.data, self.processor_dir, output, run, exchange=exchange, scratch=Path(scratch))
+
+    def timed(self, prepare: Any) -> tuple[float, str]:
+        """Seconds, and the digest of what came out."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as output:
+            start = time.perf_counter()
+            prepare(Path(output))
+            return time.perf_counter() - start, digest(Path(output))
+
+
+def compare_with_threads(options: argparse.Namespace) -> None:
+    from tasks.parts import workers_for
+    from vlm.config.data import PreparationConfig
+
+    how = {"dask_scheduler": options.dask} if options.dask else {"num_processes": options.processes}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "processor").mkdir()
+        open_processing(folder / "processor")
+        for weights in (folder / "processor").glob("*.safetensors"):
+            weights.unlink()
+        start = time.perf_counter()
+        with workers_for(PreparationConfig.model_validate(how)) as workers:
+            few = Sides(make_rows(options.data, "sroie_lines", 20, folder), folder / "processor", folder, workers, 0)
+            few.timed(few.elsewhere)
+            print(f"{platform.machine()}, {os.cpu_count()} cores, {how}, {workers.num_workers()} at once, against")
+            print(f"{options.workers} threads; best of {options.repeats}; start {time.perf_counter() - start:.1f} s\n")
+            print(
+                "| rows | threads, rows/s | elsewhere, rows/s | ratio | joining, CPU ms/row | same bytes | machine load |"
+            )
+            print("|---|---|---|---|---|---|---|")
+            for kind, num_rows in (("sroie_kie", 1600), ("sroie_lines", 6000), ("sroie_lines", 20_000)):
+                path = make_rows(options.data, kind, num_rows, folder)
+                sides = Sides(path, folder / "processor", folder, workers, options.workers)
+                threads, others, joins = [], [], []
+                for _ in range(options.repeats):
+                    threads.append(sides.timed(sides.in_threads))
+                    others.append(sides.timed(sides.elsewhere))
+                    joins.append(1000 * sides.join_seconds / num_rows)
+                same = len({found for _, found in threads + others}) == 1
+                speeds = [num_rows / min(seconds for seconds, _ in side) for side in (threads, others)]
+                figures = f"{speeds[0]:.0f} | {speeds[1]:.0f} | {speeds[1] / speeds[0]:.2f} | {min(joins):.3f}"
+                print(f"| {kind}, {num_rows} | {figures} | {same} | {os.getloadavg()[0]:.1f} |", flush=True)
+
+
 def memory_kib(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
@@ -119,9 +207,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=PROJECT.parent / "shared" / "data")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=5, help="both sides in turn; the best of each counts")
+    parser.add_argument("--processes", type=int, help="compare so many processes with threads")
+    parser.add_argument("--dask", help="compare the workers of this scheduler with threads")
     parser.add_argument("--memory-of", type=Path)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
+    if options.processes or options.dask:
+        compare_with_threads(options)
+        return
     if options.memory_of is not None:
         processing = open_processing(options.folder)
         our_speed(options.memory_of.with_name("warm.parquet"), processing, options.workers, options.folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm.data.rows import Sample
-from vlm.data.storage import SplitWriter
+from vlm.data.storage import Record, SplitWriter
 from vlm.processing import Processing
 
 
@@ -55,7 +55,7 @@ def write_prepared(folder: Path, split: str, rows: Iterable[Sample]) -> Path:
     counts = {"train": 0, "validation": 0, "test": 0}
     with SplitWriter(folder / split) as writer:
         for number, row in enumerate(rows):
-            writer.add(f"row-{number}", row)
+            writer.add(f"row-{number}", Record.of(row))
             counts[split] += 1
     (folder / "summary.json").write_text(json.dumps({"num_rows": counts, "ledger": {}}))
     return folder

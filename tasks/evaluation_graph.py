@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tasks.graph import BASE, DATASET, METRICS, Input, Json, Resolved, Unit, units_for
 from vlm.config import EvaluateConfig, RunConfig
@@ -113,7 +113,8 @@ def _given_settings(run: Resolved) -> Json:
 def _report_settings(subject: Subject) -> Callable[[Resolved], Json]:
     def settings(run: Resolved) -> Json:
         sections = {"data", "generation", "evaluation"} | ({"model"} if subject.kind != "predictions" else set())
-        shown = settings_without_secrets(run.config.model_dump(mode="json", include=sections))
+        on_processes: Any = {"data": {"distributed"}, "generation": {"num_processes"}}
+        shown = settings_without_secrets(run.config.model_dump(mode="json", include=sections, exclude=on_processes))
         return {"subject": {"kind": subject.kind, "name": subject.name}, **shown}
 
     return settings

@@ -106,7 +106,8 @@ def _model_settings(run: Resolved) -> Json:
 
 def _data_settings(run: Resolved) -> Json:
     # Where a source lies does not matter, what it holds does: that is in the key's sources.
-    settings = run.config.data.model_dump(mode="json")
+    # On how many processes and hosts rows are prepared changes no bit of them.
+    settings = run.config.data.model_dump(mode="json", exclude={"distributed"})
     for source in settings["sources"]:
         del source["path"], source["revision"]
     return settings
@@ -158,6 +159,7 @@ def _report_settings(run: Resolved) -> Json:
         "runtime": True,
         "tracking": True,
         "export": True,
+        "data": {"distributed"},
         "training": {"distributed"},
         "generation": {"num_processes"},
     }
@@ -231,7 +233,7 @@ def units_for(config: RunConfig) -> tuple[Unit, ...]:
             "prepare_dataset",
             ("dataset",),
             # It is handed its processor, so its own imports do not lead there.
-            ("vlm.data.prepare", "vlm.processing.processing"),
+            ("vlm.data.prepare", "vlm.data.parts", "vlm.processing.processing"),
             _data_settings,
             # The tokenizer and the image processor decide lengths and sizes; the weights do not.
             {"processor": Input("load_model", "checkpoint", "processor")},

@@ -155,6 +155,10 @@ class Session:
         store = open_store(config.runtime.store, cache_dir)
         return cls(resolved, store, forced=forced, cache_dir=cache_dir, units=units, subject=subject)
 
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        """Leaves the run behind where Prefect sends a task's surroundings to another process along with a task."""
+        return object, ()
+
     @property
     def config(self) -> RunConfig:
         """The configuration of this run."""

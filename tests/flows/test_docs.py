@@ -190,6 +190,11 @@ def understand(words: list[str]) -> None:
                 context = command.make_context(name, list(rest), resilient_parsing=True)
                 name, command, rest = command.resolve_command(context, rest)
             command.make_context(name, rest)
+        case ["dask", *rest]:
+            from importlib.metadata import entry_points
+
+            [found] = entry_points(group="dask_cli", name=rest[0])
+            found.load().make_context("dask", rest[1:])
         case ["prefect", *rest]:
             rest = [word for word in rest if word != "--no-prompt"]  # of all commands; read before theirs
             prefect_cli._app.parse_args(rest, exit_on_error=False, print_error=False)

@@ -54,7 +54,7 @@ def write_dataset(
         rows: By split, pairs of an answer and the sizes of its images.
     """
     from vlm.data.rows import Sample
-    from vlm.data.storage import SplitWriter
+    from vlm.data.storage import Record, SplitWriter
 
     folder.mkdir(parents=True, exist_ok=True)
     seed = 0
@@ -75,7 +75,7 @@ def write_dataset(
                     num_visual_tokens=encoded.num_visual_tokens,
                     metadata={},
                 )
-                writer.add(f"{split}-{number}", sample)
+                writer.add(f"{split}-{number}", Record.of(sample))
     counts = {split: len(rows.get(split, ())) for split in ("train", "validation", "test")}
     (folder / "summary.json").write_text(json.dumps({"num_rows": counts, "ledger": {}}))
     return folder

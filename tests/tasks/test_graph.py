@@ -19,6 +19,8 @@ NOT_IN_KEYS = {
     "model.revision": "its content is",
     "model.precision": "what it resolves to is",
     "data.sources": "their content is",
+    "data.distributed.num_processes": "changes no result; has a test of its own",
+    "data.distributed.dask_scheduler": "changes no result; has a test of its own",
     "training.checkpoint_every_steps": "changes no result",
     "training.distributed.num_processes": "changes no result but for rounding; has a test of its own",
     "training.distributed.strategy": "needs another setting, so it has a test of its own",
@@ -175,6 +177,33 @@ def test_on_how_many_gpus_a_training_runs_changes_no_key_and_how_the_model_is_sp
         RunConfig.model_validate({"training": {"distributed": {"num_processes": 4, "strategy": "fsdp2"}}})
     )
     assert {name for name in base if base[name] != spread[name]} == {"training_mode", "train"}
+
+
+def test_who_prepares_rows_changes_no_key() -> None:
+    for distributed in ({"num_processes": "auto"}, {"num_processes": 3}, {"dask_scheduler": "tcp://head:8786"}):
+        config = RunConfig.model_validate({"data": {"distributed": distributed}})
+        resolved = Resolved(config, "cpu", "float32"), Resolved(RunConfig(), "cpu", "float32")
+        for unit, same in zip(units_for(config), units_for(RunConfig()), strict=True):
+            assert unit.settings(resolved[0]) == same.settings(resolved[1])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"distributed": {"num_processes": 0}}, "num_processes 0 must be at least 1, or 'auto'"),
+        ({"distributed": {"num_processes": -2}}, "num_processes -2 must be at least 1, or 'auto'"),
+        (
+            {"distributed": {"num_processes": 2, "dask_scheduler": "tcp://a:1"}},
+            "num_processes 2 has no effect with dask_",
+        ),
+        ({"distributed": {"dask_scheduler": "head:8786"}}, "should match pattern"),
+        ({"distributed": {"num_processes": 2}, "sources": ["memory://a.jsonl"]}, "is in the memory of one process"),
+        ({"distributed": {"dask_scheduler": "tcp://a:1"}, "sources": ["zip://a::memory://a.zip"]}, "or leave num_proc"),
+    ],
+)
+def test_nonsense_about_who_prepares_rows_is_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RunConfig.model_validate({"data": data})
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,41 @@ class BoxConfig(Section):
         return self
 
 
+class PreparationConfig(Section):
+    """Which processes and hosts step 3 runs on.
+
+    The dataset is the same to the bit whatever these say, so they belong to no key.
+    """
+
+    num_processes: int | Literal["auto"] = Field(
+        1,
+        description="Processes of this machine that prepare rows; 1 works in the flow's own, in `runtime.num_workers` threads,"
+        " 'auto' takes one process per core. Of several, each works in one thread, unless `runtime.num_workers` says more.",
+    )
+    dask_scheduler: str | None = Field(
+        None,
+        pattern=r"^\w+://\S+:\d+$",
+        description="Address of a Dask scheduler, such as tcp://host:8786, whose workers prepare rows instead. They have to reach"
+        " data, store and Prefect server at the addresses that they have here.",
+    )
+
+    @property
+    def is_single(self) -> bool:
+        """Whether one process does it all, in the flow's own process; 'auto' may come to that as well."""
+        return self.num_processes == 1 and self.dask_scheduler is None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> PreparationConfig:
+        if self.num_processes != "auto" and self.num_processes < 1:
+            raise ValueError(f"num_processes {self.num_processes} must be at least 1, or 'auto'")
+        if self.dask_scheduler is not None and self.num_processes != 1:
+            raise ValueError(
+                f"num_processes {self.num_processes} has no effect with dask_scheduler {self.dask_scheduler!r}, whose workers are"
+                " started elsewhere; drop one of them"
+            )
+        return self
+
+
 class DataConfig(Section):
     """The dataset: sources, columns, splits, and limits on images and lengths."""
 
@@ -181,6 +216,18 @@ class DataConfig(Section):
     allow_urls: bool = Field(
         False, description="Fetch images that rows name by a remote address (http, s3, …); off, such rows are dropped."
     )
+
+    distributed: PreparationConfig = Field(PreparationConfig(), description="Processes and hosts of step 3.")
+
+    @model_validator(mode="after")
+    def _sources_can_be_shared(self) -> DataConfig:
+        for source in self.sources:
+            if not self.distributed.is_single and any(link.startswith("memory://") for link in source.path.split("::")):
+                raise ValueError(
+                    f"the source {source.path!r} is in the memory of one process, and distributed has others read it; write it to a"
+                    " file or a bucket, or leave num_processes at 1 and dask_scheduler out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _ordered_limits(self) -> DataConfig:

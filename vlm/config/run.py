@@ -45,7 +45,10 @@ class RuntimeConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto' takes the first GPU that is there.")
     num_workers: int | None = Field(
-        None, ge=0, le=4096, description="Threads that decode images in step 3; None takes one per core."
+        None,
+        ge=0,
+        le=4096,
+        description="Threads that decode images in step 3; None takes one per core, or a single one in each of several processes.",
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from vlm.data.builtin_text import Shop
+from vlm.data.ranges import WHOLE, RowRange
 from vlm.errors import DataError
 
 COLUMNS = ("id", "group", "image", "prompt", "text")
@@ -41,9 +42,13 @@ _FONTS = (
 )
 
 
-def builtin_rows() -> Iterator[dict[str, Any]]:
-    """Yields all rows, like any other source: columns id, group, image (Pillow), prompt and text."""
-    for number in range(NUM_ROWS):
+def builtin_rows(part: RowRange = WHOLE) -> Iterator[dict[str, Any]]:
+    """Yields rows, like any other source: columns id, group, image (Pillow), prompt and text.
+
+    Args:
+        part: Which of them.
+    """
+    for number in part.of(range(part.at, NUM_ROWS)):
         yield builtin_row(number)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vlm.config.data import SourceConfig
 from vlm.data.locations import split_from_name
+from vlm.data.ranges import PartSize, RowRange
 from vlm.data.rows import Row
 from vlm.errors import DataError
 from vlm.hub import network_errors
@@ -23,8 +24,16 @@ class HubSplit:
     num_rows: int | None
 
 
-def open_hub_dataset(source: SourceConfig) -> list[tuple[HubSplit, tuple[str, ...], Callable[[], Iterator[Row]]]]:
+# A split, its columns, its rows, and how they are divided; the last two as `RowStream` takes them.
+HubStream = tuple[
+    HubSplit, tuple[str, ...], Callable[..., Iterator[Row]], Callable[[PartSize, bool], Iterator[RowRange]] | None
+]
+
+
+def open_hub_dataset(source: SourceConfig) -> list[HubStream]:
     """Opens every split of a Hub dataset for streaming, images left encoded.
+
+    A split is divided by its files; one of which only the first rows are taken is not.
 
     Raises:
         DataError: If the dataset cannot be found, reached or opened.
@@ -43,7 +52,7 @@ def open_hub_dataset(source: SourceConfig) -> list[tuple[HubSplit, tuple[str, ..
             f"the Hub dataset {source.path!r} (subset {source.subset!r}, revision {source.revision!r}) cannot be opened: {error}. "
             "Check its name, subset and revision, your network and, for a private one, HF_TOKEN; or give a local path."
         ) from error
-    opened: list[tuple[HubSplit, tuple[str, ...], Callable[[], Iterator[Row]]]] = []
+    opened: list[HubStream] = []
     for name, dataset in splits.items():
         features = dataset.features if dataset.features is not None else dataset._resolve_features().features
         for column, feature in features.items():
@@ -56,7 +65,8 @@ def open_hub_dataset(source: SourceConfig) -> list[tuple[HubSplit, tuple[str, ..
         }
         known = (dataset.info.splits or {}).get(name)
         split = HubSplit(str(name), split_from_name(str(name)), known.num_examples if known is not None else None)
-        opened.append((split, tuple(features), partial(_rows, dataset, labels)))
+        cut = None if source.max_rows is not None else partial(_cut, dataset.num_shards)
+        opened.append((split, tuple(features), partial(_rows, dataset, labels), cut))
     return opened
 
 
@@ -79,8 +89,13 @@ def check_files(name: str, data_files: Mapping[Any, Iterable[Any]] | None) -> No
                 )
 
 
-def _rows(dataset: Any, labels: dict[str, list[str]]) -> Iterator[Row]:
-    for row in dataset:
+def _cut(num_shards: int, size: PartSize, counted: bool) -> Iterator[RowRange]:
+    for shard in range(num_shards):
+        yield RowRange(at=shard)
+
+
+def _rows(dataset: Any, labels: dict[str, list[str]], part: RowRange | None = None) -> Iterator[Row]:
+    for row in dataset if part is None else dataset.shard(dataset.num_shards, part.at):
         for column, names in labels.items():
             if isinstance(row[column], int) and 0 <= row[column] < len(names):
                 row[column] = names[row[column]]

@@ -6,30 +6,27 @@ Rows hold images, so batches are sized by bytes, not by count. pyarrow is import
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import json
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.spec import AbstractBufferedFile
 
+from vlm.data import texts
 from vlm.data.locations import is_local
+from vlm.data.ranges import WHOLE, PartSize, RowRange, cut_units
 from vlm.data.rows import Row, UnreadableRow
 from vlm.errors import DataError
 
 BATCH_SIZE_BYTES = 4 << 20
 _MAX_ROWS_PER_BATCH = 1024
 _READ_BUFFER_BYTES = 1 << 20
-_CSV_FIELD_LIMIT = 1 << 26
-# Room for an image of the largest size in base64. A compressed file of a few megabytes can hold a longer one.
-MAX_LINE_BYTES = 1 << 30
 # What rows may take together where one stored value can stand in many of them.
 _MAX_REPEATED_BYTES = 2 << 30
 _PEEKED_ROWS = 50
@@ -39,20 +36,47 @@ _PEEKED_ROWS = 50
 UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
-def read_rows(fs: Any, path: str, file_format: str) -> Iterator[Row | UnreadableRow]:
+def read_rows(fs: Any, path: str, file_format: str, part: RowRange = WHOLE) -> Iterator[Row | UnreadableRow]:
     """Yields the rows of one file in order.
 
     Args:
         fs: fsspec file system.
         path: Path on it.
         file_format: ``"parquet"``, ``"arrow"``, ``"jsonl"`` or ``"csv"``.
+        part: Which rows, as `cut_rows` gives them.
 
     Raises:
         DataError: If the file as a whole cannot be read.
     """
-    reader = {"parquet": _parquet_rows, "arrow": _arrow_rows, "jsonl": _jsonl_rows, "csv": _csv_rows}[file_format]
+    reader = {"parquet": _parquet_rows, "arrow": _arrow_rows, "jsonl": texts.jsonl_rows, "csv": texts.csv_rows}[
+        file_format
+    ]
     with _named_errors(path, file_format):
-        yield from reader(fs, path)
+        yield from part.of(reader(fs, path, part))
+
+
+def cut_rows(fs: Any, path: str, file_format: str, size: PartSize, counted: bool) -> Iterator[RowRange]:
+    """Divides the rows of one file into ranges, each of which can be read alone; no row is parsed where that can be avoided.
+
+    Parquet is cut by its footer, Arrow by its batches; texts are gone through once. What lies elsewhere and would have to be
+    fetched as a whole for that, an Arrow file, is one range.
+
+    Args:
+        fs: fsspec file system.
+        path: Path on it.
+        file_format: As of `read_rows`.
+        size: Of a range.
+        counted: Whether each range must say how many rows it has.
+
+    Raises:
+        DataError: If the file as a whole cannot be read.
+    """
+    if file_format == "arrow" and not counted and not is_local(fs):
+        yield WHOLE
+        return
+    cut = {"parquet": _cut_parquet, "arrow": _cut_arrow, "jsonl": texts.cut_jsonl, "csv": texts.cut_csv}[file_format]
+    with _named_errors(path, file_format):
+        yield from cut(fs, path, size)
 
 
 @contextmanager
@@ -84,10 +108,9 @@ def columns_of(fs: Any, path: str, file_format: str) -> list[str]:
             with _arrow_input(fs, path) as handle:
                 return list(_ipc_reader(handle).schema.names)
         if file_format == "csv":
-            with _text_input(fs, path) as text:
-                return next(csv.reader(_bounded_lines(text), delimiter=_delimiter(path)), [])
+            return texts.csv_header(fs, path)
         names: dict[str, None] = {}
-        for row in itertools.islice(_jsonl_rows(fs, path), _PEEKED_ROWS):
+        for row in itertools.islice(texts.jsonl_rows(fs, path, WHOLE), _PEEKED_ROWS):
             if isinstance(row, dict):
                 names.update(dict.fromkeys(row))
         return list(names)
@@ -104,21 +127,49 @@ def _arrow_input(fs: Any, path: str) -> Iterator[Any]:
             yield handle
 
 
-def _parquet_rows(fs: Any, path: str) -> Iterator[Row]:
+def _clipped(batches: Iterable[Any], part: RowRange) -> Iterator[Any]:
+    """The batches from which a range reads, without the rows before and behind it."""
+    skip, left = part.skip, part.num_rows
+    for batch in batches:
+        if skip >= batch.num_rows:
+            skip -= batch.num_rows
+            continue
+        batch = batch.slice(skip) if left is None else batch.slice(skip, left)
+        skip = 0
+        yield batch
+        if left is not None:
+            left -= batch.num_rows
+            if left <= 0:
+                return
+
+
+def _parquet_rows(fs: Any, path: str, part: RowRange) -> Iterator[Row]:
     # A mapped parquet file would count every page it touched as memory in use, hence plain buffered reads.
     source = pa.OSFile(path) if is_local(fs) else fs.open(path, "rb")
     with source as handle:
         file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=_READ_BUFFER_BYTES)
         labels = _label_names(file.schema_arrow)
-        for group in range(file.metadata.num_row_groups):
-            info = file.metadata.row_group(group)
-            if info.num_rows == 0:
-                continue
-            # A value of a dictionary may stand in every row. (What single columns say of themselves is not asked for: where
-            # that is damaged, pyarrow ends the process.)
-            batch_rows = _rows_per_batch(info.total_byte_size, info.num_rows, info.total_byte_size)
-            for batch in file.iter_batches(batch_size=batch_rows, row_groups=[group], use_threads=False):
-                yield from _with_labels(batch, labels)
+        for batch in _clipped(_parquet_batches(file, part.at), part):
+            yield from _with_labels(batch, labels)
+
+
+def _parquet_batches(file: Any, first_group: int) -> Iterator[Any]:
+    for group in range(first_group, file.metadata.num_row_groups):
+        info = file.metadata.row_group(group)
+        if info.num_rows == 0:
+            continue
+        # A value of a dictionary may stand in every row. (What single columns say of themselves is not asked for: where
+        # that is damaged, pyarrow ends the process.)
+        batch_rows = _rows_per_batch(info.total_byte_size, info.num_rows, info.total_byte_size)
+        yield from file.iter_batches(batch_size=batch_rows, row_groups=[group], use_threads=False)
+
+
+def _cut_parquet(fs: Any, path: str, size: PartSize) -> Iterator[RowRange]:
+    with _arrow_input(fs, path) as handle:
+        metadata = pq.ParquetFile(handle).metadata
+        groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
+        units = [(group.num_rows, group.total_byte_size) for group in groups]
+    yield from cut_units(units, size)
 
 
 def _ipc_reader(handle: Any) -> Any:
@@ -127,21 +178,37 @@ def _ipc_reader(handle: Any) -> Any:
     return pa.ipc.open_file(handle) if magic == b"ARROW1" else pa.ipc.open_stream(handle)
 
 
-def _arrow_rows(fs: Any, path: str) -> Iterator[Row]:
+def _arrow_rows(fs: Any, path: str, part: RowRange) -> Iterator[Row]:
     with _arrow_input(fs, path) as handle:
         reader = _ipc_reader(handle)
         labels = _label_names(reader.schema)
-        is_file = hasattr(reader, "num_record_batches")
-        batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else reader
-        for batch in batches:
-            if batch.num_rows == 0:
-                continue
-            # A file may say that a value starts anywhere in memory.
-            batch.validate(full=True)
-            repeated = batch.nbytes if any(_repeats(field.type) for field in batch.schema) else 0
-            step = _rows_per_batch(batch.nbytes, batch.num_rows, repeated)
-            for start in range(0, batch.num_rows, step):
-                yield from _with_labels(batch.slice(start, step), labels)
+        for batch in _clipped(_small_batches(_arrow_batches(reader, part.at)), part):
+            yield from _with_labels(batch, labels)
+
+
+def _arrow_batches(reader: Any, first: int) -> Iterator[Any]:
+    if hasattr(reader, "num_record_batches"):
+        return (reader.get_batch(index) for index in range(first, reader.num_record_batches))
+    return itertools.islice(reader, first, None)
+
+
+def _small_batches(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if batch.num_rows == 0:
+            continue
+        # A file may say that a value starts anywhere in memory.
+        batch.validate(full=True)
+        repeated = batch.nbytes if any(_repeats(field.type) for field in batch.schema) else 0
+        step = _rows_per_batch(batch.nbytes, batch.num_rows, repeated)
+        for start in range(0, batch.num_rows, step):
+            yield batch.slice(start, step)
+
+
+def _cut_arrow(fs: Any, path: str, size: PartSize) -> Iterator[RowRange]:
+    with _arrow_input(fs, path) as handle:
+        # Sizes of buffers, since they say nothing about values, which nobody has validated yet.
+        units = ((batch.num_rows, batch.get_total_buffer_size()) for batch in _arrow_batches(_ipc_reader(handle), 0))
+        yield from cut_units(units, size)
 
 
 def _rows_per_batch(size_bytes: int, num_rows: int, repeated_bytes: int) -> int:
@@ -185,85 +252,3 @@ def _with_labels(batch: Any, labels: dict[str, list[str]]) -> Iterator[Row]:
             if type(value) is int and 0 <= value < len(names):
                 row[name] = names[value]
         yield row
-
-
-def _jsonl_rows(fs: Any, path: str) -> Iterator[Row | UnreadableRow]:
-    with _opened(fs, path) as lines:
-        first = True
-        while line := lines.readline(MAX_LINE_BYTES):
-            if len(line) >= MAX_LINE_BYTES and not line.endswith(b"\n"):
-                _skip_line(lines)
-                yield UnreadableRow(
-                    "row_too_large", f"this line is over {MAX_LINE_BYTES >> 20} MiB; keep images in files of their own"
-                )
-                continue
-            stripped = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if not stripped:
-                continue
-            if first and stripped.startswith(b"["):
-                raise DataError(
-                    f"{path!r} is one JSON array; rows are read one per line. Convert it: jq -c '.[]' {path} > rows.jsonl"
-                )
-            first = False
-            try:
-                row = json.loads(stripped)
-            except (ValueError, RecursionError) as error:
-                yield UnreadableRow("bad_json", f"this line is not JSON: {error}")
-                continue
-            yield (
-                row
-                if isinstance(row, dict)
-                else UnreadableRow("bad_json", f"this line is a JSON {type(row).__name__}, not an object with columns")
-            )
-
-
-@contextmanager
-def _opened(fs: Any, path: str) -> Iterator[Any]:
-    """A file that gives lines of at most a length, which remote ones do not by themselves."""
-    with fs.open(path, "rb", compression="infer") as raw:
-        yield io.BufferedReader(raw) if isinstance(raw, AbstractBufferedFile) else raw
-
-
-def _skip_line(lines: Any) -> None:
-    while piece := lines.readline(_READ_BUFFER_BYTES):
-        if piece.endswith(b"\n"):
-            return
-
-
-def _bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
-    while line := text.readline(MAX_LINE_BYTES):
-        if len(line) >= MAX_LINE_BYTES and not line.endswith("\n"):
-            raise DataError(
-                f"the file has a line of over {MAX_LINE_BYTES >> 20} MiB; keep images in files of their own, or save as parquet"
-            )
-        yield line
-
-
-@contextmanager
-def _text_input(fs: Any, path: str) -> Iterator[io.TextIOWrapper]:
-    with (
-        _opened(fs, path) as raw,
-        io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text,
-    ):
-        yield text
-
-
-def _delimiter(path: str) -> str:
-    return "\t" if ".tsv" in path.rsplit("/", 1)[-1].lower() else ","
-
-
-def _csv_rows(fs: Any, path: str) -> Iterator[Row | UnreadableRow]:
-    # The limit is process-wide, so it is only ever raised; ready conversations exceed the default of 128 KiB.
-    csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_LIMIT))
-    with _text_input(fs, path) as text:
-        reader = csv.reader(_bounded_lines(text), delimiter=_delimiter(path))
-        header = next(reader, [])
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                yield UnreadableRow(
-                    "bad_csv", f"line {reader.line_num} has {len(cells)} cells, the header has {len(header)}"
-                )
-                continue
-            yield dict(zip(header, cells, strict=True))

@@ -89,9 +89,9 @@ class Sample:
 
 
 class Note(NamedTuple):
-    """What the ledger should say of a row that is kept."""
+    """What the ledger should say of a row."""
 
-    action: Literal["shrunk", "warning"]
+    action: Literal["dropped", "shrunk", "warning"]
     reason: str
     message: str
     details: dict[str, Any]

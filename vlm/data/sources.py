@@ -10,7 +10,8 @@ from typing import Any
 
 from vlm.config.data import SourceConfig
 from vlm.data.images import ImageFolder
-from vlm.data.locations import DataFile, Location, resolve
+from vlm.data.locations import DataFile, Location, is_local, resolve
+from vlm.data.ranges import WHOLE, PartSize, RowRange, cut_evenly
 from vlm.data.rows import Row, UnreadableRow
 from vlm.errors import DataError
 
@@ -25,9 +26,12 @@ class RowStream:
         split: Split that its source or its name puts its rows in; None divides them by hash.
         columns: Names of its columns, known before a row is read.
         folder: Where relative image paths lead, or None if there is no such place.
-        rows: Starts reading from the first row.
+        rows: Starts reading from the first row, or gives those of a range.
         max_rows: Most rows to take from this source and split.
         num_rows: How many there are, if that is known, for the progress bar.
+        cut: Divides the rows into ranges of about a size, each with a number of rows if that is asked for; None where they can
+            only be read from the first one.
+        local_file: Path of the file that they are in, if it is on this machine.
     """
 
     source: int
@@ -35,9 +39,48 @@ class RowStream:
     split: str | None
     columns: tuple[str, ...]
     folder: ImageFolder | None
-    rows: Callable[[], Iterator[Row | UnreadableRow]]
+    rows: Callable[..., Iterator[Row | UnreadableRow]]
     max_rows: int | None = None
     num_rows: int | None = None
+    cut: Callable[[PartSize, bool], Iterator[RowRange]] | None = None
+    local_file: str | None = None
+
+
+class RowQuota:
+    """Counts rows of sources that are taken in part only."""
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[int, str | None], int] = {}
+
+    def left(self, stream: RowStream) -> int | None:
+        """How many rows may still be taken from a stream; None for any number.
+
+        Args:
+            stream: One of its source's.
+        """
+        if stream.max_rows is None:
+            return None
+        return max(0, stream.max_rows - self._taken.get((stream.source, stream.split), 0))
+
+    def take(self, stream: RowStream, num_rows: int) -> None:
+        """Counts rows as taken.
+
+        Args:
+            stream: Where they come from.
+            num_rows: How many.
+        """
+        key = (stream.source, stream.split)
+        self._taken[key] = self._taken.get(key, 0) + num_rows
+
+
+def num_rows_known(streams: list[RowStream]) -> int | None:
+    """Rows of all streams, if all of them know it.
+
+    Args:
+        streams: Of a dataset.
+    """
+    totals = [stream.num_rows for stream in streams]
+    return None if None in totals else sum(filter(None, totals))
 
 
 def open_streams(sources: tuple[SourceConfig, ...], *, follow_links: bool = False) -> list[RowStream]:
@@ -70,11 +113,21 @@ def _open(source: SourceConfig, index: int, num_sources: int, follow_links: bool
     if location.format == "builtin":
         from vlm.data.builtin import COLUMNS, NUM_ROWS, builtin_rows
 
-        yield RowStream(index, f"{prefix}builtin", None, COLUMNS, None, builtin_rows, source.max_rows, NUM_ROWS)
+        yield RowStream(
+            index,
+            f"{prefix}builtin",
+            None,
+            COLUMNS,
+            None,
+            builtin_rows,
+            source.max_rows,
+            NUM_ROWS,
+            partial(cut_evenly, NUM_ROWS),
+        )
     elif location.format == "hub":
         from vlm.data.hub import open_hub_dataset
 
-        for split, columns, rows in open_hub_dataset(source):
+        for split, columns, rows, cut in open_hub_dataset(source):
             label = f"{prefix}{source.path}/{split.name}"
             yield RowStream(
                 index,
@@ -85,6 +138,7 @@ def _open(source: SourceConfig, index: int, num_sources: int, follow_links: bool
                 rows,
                 source.max_rows,
                 split.num_rows,
+                cut,
             )
     else:
         for file in location.files:
@@ -109,7 +163,8 @@ def _file_stream(source: SourceConfig, index: int, location: Location, file: Dat
         raise DataError(
             f"{file.path!r} has two columns named {twice!r}, of which one would be lost; rename one of them."
         )
-    rows: Callable[[], Iterator[Any]] = partial(readers.read_rows, location.fs, file.path, file.format)
+    rows: Callable[..., Iterator[Any]] = partial(readers.read_rows, location.fs, file.path, file.format)
+    cut = partial(readers.cut_rows, location.fs, file.path, file.format)
     if location.format == "imagefolder":
         renamed = {name: _image_column(name) for name in columns}
         if not any(name != new for name, new in renamed.items()):
@@ -120,7 +175,10 @@ def _file_stream(source: SourceConfig, index: int, location: Location, file: Dat
         columns = list(renamed.values())
     root = location.root if location.is_folder else posixpath.dirname(file.path)
     folder = ImageFolder(location.fs, posixpath.dirname(file.path), root)
-    return RowStream(index, prefix + file.name, file.split, tuple(columns), folder, rows, source.max_rows)
+    local_file = file.path if is_local(location.fs) else None
+    return RowStream(
+        index, prefix + file.name, file.split, tuple(columns), folder, rows, source.max_rows, None, cut, local_file
+    )
 
 
 def _image_column(name: str) -> str:
@@ -130,6 +188,8 @@ def _image_column(name: str) -> str:
     return name.removesuffix("_file_name").removesuffix("_file_names")
 
 
-def _rename(rows: Callable[[], Iterator[Row | UnreadableRow]], names: dict[str, str]) -> Iterator[Row | UnreadableRow]:
-    for row in rows():
+def _rename(
+    rows: Callable[..., Iterator[Row | UnreadableRow]], names: dict[str, str], part: RowRange = WHOLE
+) -> Iterator[Row | UnreadableRow]:
+    for row in rows(part):
         yield {names.get(name, name): value for name, value in row.items()} if isinstance(row, dict) else row

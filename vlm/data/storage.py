@@ -14,9 +14,9 @@ number of workers.
 from __future__ import annotations
 
 import json
-import math
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,6 +61,77 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row in the form in which it is kept: texts are JSON, lists are flat.
+
+    Attributes:
+        group: Rows of equal group stay in one split; None if there is none.
+        messages: The conversation as JSON.
+        target: The answer to learn.
+        metadata: Plain values as JSON.
+        input_ids: Tokens.
+        assistant_spans: Start and end of each range that carries loss, one after the other.
+        image_shapes: Height, width and channels of each image, or of a video's frames.
+        num_frames: Of each image, 0 for what is no video.
+        frames_per_second: Of each video.
+        pixels: Of each image or video, uint8, contiguous.
+        num_visual_tokens: Image tokens.
+        num_supervised_tokens: Tokens that carry loss.
+    """
+
+    group: str | None
+    messages: str
+    target: str
+    metadata: str
+    input_ids: Sequence[int]
+    assistant_spans: Sequence[int]
+    image_shapes: Sequence[int]
+    num_frames: Sequence[int]
+    frames_per_second: Sequence[float]
+    pixels: Sequence[np.ndarray]
+    num_visual_tokens: int
+    num_supervised_tokens: int
+
+    @classmethod
+    def of(cls, sample: Sample) -> Record:
+        """The record of a finished row.
+
+        Args:
+            sample: The row.
+        """
+        videos = {number: image for number, image in enumerate(sample.images) if isinstance(image, Video)}
+        images = [image.frames if isinstance(image, Video) else image for image in sample.images]
+        return cls(
+            sample.group,
+            _json(sample.messages),
+            last_text(sample.messages),
+            _json(sample.metadata) if sample.metadata else "{}",
+            sample.input_ids,
+            [bound for span in sample.assistant_spans for bound in span],
+            [length for image in sample.images for length in image.shape[-3:]],
+            [len(videos[number].frames) if number in videos else 0 for number in range(len(sample.images))],
+            [video.frames_per_second for video in videos.values()],
+            [np.ascontiguousarray(image) for image in images],
+            sample.num_visual_tokens,
+            sample.num_supervised_tokens,
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Roughly what it takes on disk."""
+        return sum(image.nbytes for image in self.pixels) + 4 * len(self.input_ids) + 512
+
+    @property
+    def num_pixels(self) -> int:
+        """Of all images and frames."""
+        sides = self.image_shapes
+        return sum(
+            int(sides[3 * number]) * int(sides[3 * number + 1]) * max(1, int(frames))
+            for number, frames in enumerate(self.num_frames)
+        )
+
+
 def shard_name(number: int) -> str:
     """File name of a shard."""
     return f"data-{number:05d}.arrow"
@@ -75,7 +146,7 @@ class SplitWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._rows = _Batch()
+        self._rows = Batch()
         self._rows_bytes = 0
         self._shard = -1
         self._shard_bytes = 0
@@ -96,14 +167,14 @@ class SplitWriter:
             if writer is not None:
                 writer.close()
 
-    def add(self, row_id: str, sample: Sample) -> None:
+    def add(self, row_id: str, record: Record) -> None:
         """Appends one row."""
-        size_bytes = sample.size_bytes
+        size_bytes = record.size_bytes
         if self._rows.ids and (
             self._rows_bytes + size_bytes > BATCH_SIZE_BYTES or len(self._rows.ids) >= BATCH_MAX_ROWS
         ):
             self._flush()
-        self._rows.add(row_id, sample)
+        self._rows.add(row_id, record)
         self._rows_bytes += size_bytes
         self.num_rows += 1
 
@@ -118,7 +189,7 @@ class SplitWriter:
         )
         self._shard_bytes += self._rows_bytes
         self._batch += 1
-        self._rows, self._rows_bytes = _Batch(), 0
+        self._rows, self._rows_bytes = Batch(), 0
 
     def _next_shard(self) -> None:
         if self._data is not None:
@@ -146,7 +217,10 @@ class _Lists:
         self.lengths: list[int] = []
 
     def add(self, values: Sequence[float]) -> None:
-        self.values.extend(values)
+        if isinstance(values, np.ndarray):
+            self.values.frombytes(values.tobytes())
+        else:
+            self.values.extend(values)
         self.lengths.append(len(values))
 
     def column(self) -> Any:
@@ -154,7 +228,7 @@ class _Lists:
         return pa.ListArray.from_arrays(_offsets(self.lengths, np.int32), values)
 
 
-class _Batch:
+class Batch:
     """Rows of one batch as columns.
 
     Thousands of small rows kept as Python objects would send the garbage collector through the whole process time and again, and
@@ -162,6 +236,8 @@ class _Batch:
 
     Attributes:
         ids: Ids of the rows.
+        num_visual_tokens: Of each row.
+        num_supervised_tokens: Of each row.
     """
 
     def __init__(self) -> None:
@@ -175,30 +251,34 @@ class _Batch:
         self._images: list[np.ndarray] = []
         self._num_images: list[int] = []
         self._num_pixels: list[int] = []
-        self._num_visual: list[int] = []
-        self._num_supervised: list[int] = []
+        self.num_visual_tokens: list[int] = []
+        self.num_supervised_tokens: list[int] = []
 
-    def add(self, row_id: str, sample: Sample) -> None:
+    def add(self, row_id: str, record: Record) -> None:
+        """Appends one row.
+
+        Args:
+            row_id: Its id.
+            record: Its content.
+        """
         self.ids.append(row_id)
-        self._groups.append(sample.group)
-        self._messages.append(_json(sample.messages))
-        self._targets.append(last_text(sample.messages))
-        self._metadata.append(_json(sample.metadata) if sample.metadata else "{}")
-        self._input_ids.add(sample.input_ids)
-        self._spans.add([bound for span in sample.assistant_spans for bound in span])
-        videos = {number: image for number, image in enumerate(sample.images) if isinstance(image, Video)}
-        self._shapes.add([length for image in sample.images for length in image.shape[-3:]])
-        self._frames.add(
-            [len(videos[number].frames) if number in videos else 0 for number in range(len(sample.images))]
-        )
-        self._rates.add([video.frames_per_second for video in videos.values()])
-        self._images += [image.frames if isinstance(image, Video) else image for image in sample.images]
-        self._num_images.append(len(sample.images))
-        self._num_pixels.append(sum(math.prod(image.shape[:-1]) for image in sample.images))
-        self._num_visual.append(sample.num_visual_tokens)
-        self._num_supervised.append(sample.num_supervised_tokens)
+        self._groups.append(record.group)
+        self._messages.append(record.messages)
+        self._targets.append(record.target)
+        self._metadata.append(record.metadata)
+        self._input_ids.add(record.input_ids)
+        self._spans.add(record.assistant_spans)
+        self._shapes.add(record.image_shapes)
+        self._frames.add(record.num_frames)
+        self._rates.add(record.frames_per_second)
+        self._images += record.pixels
+        self._num_images.append(len(record.pixels))
+        self._num_pixels.append(record.num_pixels)
+        self.num_visual_tokens.append(record.num_visual_tokens)
+        self.num_supervised_tokens.append(record.num_supervised_tokens)
 
     def data_columns(self) -> list[Any]:
+        """The columns of `DATA_SCHEMA`."""
         columns = {
             "messages": self._messages,
             "target": self._targets,
@@ -213,12 +293,18 @@ class _Batch:
         return _in_schema(columns, DATA_SCHEMA)
 
     def index_columns(self, shard: int, batch: int) -> list[Any]:
+        """The columns of `INDEX_SCHEMA`.
+
+        Args:
+            shard: Number of the file that holds the batch.
+            batch: Its number there.
+        """
         columns = {
             "id": self.ids,
             "group": self._groups,
             "num_tokens": self._input_ids.lengths,
-            "num_visual_tokens": self._num_visual,
-            "num_supervised_tokens": self._num_supervised,
+            "num_visual_tokens": self.num_visual_tokens,
+            "num_supervised_tokens": self.num_supervised_tokens,
             "num_images": self._num_images,
             "num_pixels": self._num_pixels,
             "shard": [shard] * len(self.ids),
@@ -241,6 +327,6 @@ def _offsets(lengths: list[int], dtype: type[np.integer[Any]]) -> Any:
 
 def _pixels(images: list[np.ndarray]) -> Any:
     offsets = _offsets([image.nbytes for image in images], np.int64)
-    joined = b"".join([np.ascontiguousarray(image).data for image in images])
+    joined = b"".join([image.data for image in images])
     buffers = [None, offsets.buffers()[1], pa.py_buffer(joined)]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(images), buffers)

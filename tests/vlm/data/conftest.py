@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from vlm.config.data import DataConfig
-from vlm.data.prepare import DatasetSummary, prepare_dataset
+from vlm.data.prepare import prepare_dataset
 from vlm.data.prepared import PreparedDataset
+from vlm.data.sink import DatasetSummary
 
 TOKENS_PER_IMAGE_AREA = 28 * 28
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.support.hostile import encoded
 from vlm.config.data import SourceConfig
-from vlm.data import readers, sample, video
+from vlm.data import readers, sample, texts, video
 from vlm.data.fingerprint import source_digest
 from vlm.data.locations import leads_outside
 from vlm.data.sources import open_streams
@@ -135,7 +135,7 @@ def test_a_column_name_with_half_a_character(tmp_path, prepare):
 
 
 def test_a_line_without_end_is_one_lost_row(tmp_path, prepare, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(texts, "MAX_LINE_BYTES", 1000)
     good = b'{"text": "a"}\n'
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(good + b'{"text": "' + b"a" * 5_000_000 + b'"}\n' + good))
     prepared = prepare(tmp_path / "rows.jsonl.gz")

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from vlm.data import prepare as module
-from vlm.data import sample, storage
-from vlm.data.prepare import SPLITS, prepare_dataset
+from vlm.data import sample, sink, storage, threads
+from vlm.data.prepare import prepare_dataset
+from vlm.data.splits import SPLITS
 from vlm.errors import DataError
 
 
@@ -77,21 +78,21 @@ def test_small_rows_are_not_handed_over(
     make_rows, write_parquet, prepare, processing, monkeypatch, limit_bytes, handed_over
 ):
     """All but those of the first chunks, which tell that rows are small; the bytes stay the same."""
-    monkeypatch.setattr(module, "_CHUNK_MAX_ROWS", 4)
+    monkeypatch.setattr(threads, "_CHUNK_MAX_ROWS", 4)
     path = write_parquet(make_rows(120))
     expected = tree(prepare(path).folder)
-    monkeypatch.setattr(module, "_SMALL_ROW_BYTES", limit_bytes)
-    threads = []
+    monkeypatch.setattr(threads, "_SMALL_ROW_BYTES", limit_bytes)
+    used = []
     resize = type(processing).resize_image
 
     def noting(self, image, size):
-        threads.append(threading.current_thread())
+        used.append(threading.current_thread())
         return resize(self, image, size)
 
     monkeypatch.setattr(type(processing), "resize_image", noting)
     assert tree(prepare(path, num_workers=2).folder) == expected
-    assert len(threads) == 120
-    assert sum(thread is not threading.main_thread() for thread in threads) == handed_over
+    assert len(used) == 120
+    assert sum(thread is not threading.main_thread() for thread in used) == handed_over
 
 
 def test_few_decoded_images_wait_for_each_other(make_rows, write_parquet, prepare, processing, monkeypatch):
@@ -151,7 +152,7 @@ def test_too_many_dropped_rows_fail_with_their_reasons(make_rows, write_parquet,
 
 
 def test_when_all_rows_are_bad_it_stops_early(write_jsonl, prepare, monkeypatch):
-    monkeypatch.setattr(module, "_ALL_DROPPED_AFTER", 20)
+    monkeypatch.setattr(sink, "_ALL_DROPPED_AFTER", 20)
     path = write_jsonl([{"text": "", "id": str(number)} for number in range(500)])
     with pytest.raises(DataError, match="each of the first 20 rows"):
         prepare(path)
@@ -256,16 +257,16 @@ def test_rows_in_flight_do_not_grow_with_the_dataset(num_rows, make_png, process
             most = max(most, reading - writing)
             yield {"id": str(number), "text": "a", "image": image * 1 + bytes(300_000)}
 
-    take = module._Sink.take
+    take = sink.Sink.take
 
-    def counted(self, job, outcome):
+    def counted(self, *row):
         nonlocal writing
         writing += 1
-        take(self, job, outcome)
+        take(self, *row)
 
     stream = module.RowStream(0, "rows", "train", ("id", "text", "image"), None, rows)
     monkeypatch.setattr(module, "open_streams", lambda sources, follow_links: [stream])
-    monkeypatch.setattr(module._Sink, "take", counted)
+    monkeypatch.setattr(sink.Sink, "take", counted)
     summary = prepare_dataset(DataConfig(), processing, tmp_path, num_workers=2)
     assert summary.num_rows["train"] == num_rows
     # Large rows travel singly: 2 * 2 + 2 in the window, and one in each hand.
