@@ -16,10 +16,18 @@ import psutil
 import pytest
 
 from tests.artifacts.conftest import s3, s3_address  # noqa: F401  (fixtures)
-from tests.support.preparation import dask_hosts, mixed_sources, only_the_dataset, slow_source, wait_for
+from tests.support.preparation import (
+    damaged_source,
+    dask_hosts,
+    mixed_sources,
+    only_the_dataset,
+    say_and_sleep,
+    slow_source,
+    wait_for,
+)
 from vlm.config import RunConfig
 from vlm.config.data import DataConfig, PreparationConfig
-from vlm.errors import ResourceError
+from vlm.errors import DataError, ResourceError
 
 pytestmark = [
     pytest.mark.usefixtures("prefect_server"),
@@ -142,7 +150,7 @@ def test_workers_on_other_hosts_share_files_in_a_bucket_and_one_of_them_may_die(
     s3: str,  # noqa: F811
 ) -> None:
     data = mixed_sources(tmp_path / "data")
-    slow = slow_source(tmp_path / "slow")
+    slow = slow_source(tmp_path / "slow", 20)
     fs = fsspec.filesystem("s3")
     fs.put(str(tmp_path / "data" / "rows.parquet"), f"{s3}/hosts/rows.parquet")
     data["sources"] = [{"path": f"{s3}/hosts/rows.parquet"}, str(slow), *data["sources"]]
@@ -167,13 +175,17 @@ def test_workers_on_other_hosts_share_files_in_a_bucket_and_one_of_them_may_die(
         fs.invalidate_cache()
         # The one who died may have left a part that nobody asked for.
         assert [name for name in fs.find(f"{s3}/hosts/exchange") if "processor" in name] == []
+        # The one who is left tells what is wrong with a file.
+        data["sources"] = [damaged_source(tmp_path / "damaged.parquet")]
+        with pytest.raises(DataError, match=r"damaged.parquet' cannot be read as parquet"):
+            prepared(DataConfig.model_validate(data), processor_dir, tmp_path / "damaged", while_it_runs=lambda: None)
         # Nothing of a worker's is beside it, where another host would not see it.
         assert [path.name for path in (tmp_path / "hosts" / "host-1").iterdir()] == ["log"]
 
 
-def slow_data(tmp_path: Path) -> DataConfig:
-    sources = [{"path": str(slow_source(tmp_path / "slow", 400)), "split": "train"}]
-    return DataConfig.model_validate({"sources": sources, "distributed": {"num_processes": 2}})
+def slow_data(path: Path, num_processes: int) -> DataConfig:
+    sources = [{"path": str(path), "split": "train"}]
+    return DataConfig.model_validate({"sources": sources, "distributed": {"num_processes": num_processes}})
 
 
 def once_parts_are_written(tmp_path: Path, act: Callable[[], None]) -> Callable[[], None]:
@@ -185,18 +197,23 @@ def once_parts_are_written(tmp_path: Path, act: Callable[[], None]) -> Callable[
 
 
 def test_a_killed_process_is_one_error_and_an_interrupt_ends_all(tmp_path: Path, processor_dir: Path) -> None:
-    data = slow_data(tmp_path)
+    path = slow_source(tmp_path / "slow", 400)
 
     def kill_one() -> None:
         found = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
         found[0].kill()
 
     with pytest.raises(ResourceError, match="one of the 2 processes that prepare rows was killed"):
-        prepared(data, processor_dir, tmp_path / "parts", while_it_runs=once_parts_are_written(tmp_path, kill_one))
+        prepared(
+            slow_data(path, 2),
+            processor_dir,
+            tmp_path / "parts",
+            while_it_runs=once_parts_are_written(tmp_path, kill_one),
+        )
     (tmp_path / "parts").rename(tmp_path / "killed")
     with pytest.raises(KeyboardInterrupt):
         prepared(
-            data,
+            slow_data(path, 1),
             processor_dir,
             tmp_path / "parts",
             while_it_runs=once_parts_are_written(tmp_path, lambda: os.kill(os.getpid(), signal.SIGINT)),
@@ -206,20 +223,22 @@ def test_a_killed_process_is_one_error_and_an_interrupt_ends_all(tmp_path: Path,
         assert not (tmp_path / folder / "exchange" / "processor.zip").exists()
 
 
-def test_processes_end_with_the_one_that_started_them(tmp_path: Path, processor_dir: Path) -> None:
-    data = slow_data(tmp_path)
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    from tasks.parts import workers_for
+
+    there = tmp_path / "there"
     pid = os.fork()
     if pid == 0:
-        with contextlib.suppress(BaseException):
-            prepared(data, processor_dir, tmp_path / "parts", while_it_runs=lambda: None)
+        with contextlib.suppress(BaseException), workers_for(PreparationConfig()) as workers:
+            workers._runner.submit(say_and_sleep, {"path": there}).wait()
         os._exit(1)
     try:
-        wait_for(lambda: any((tmp_path / "parts" / "exchange").glob("part-*")))
+        wait_for(there.exists)
         workers = psutil.Process(pid).children(recursive=True)
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    assert len(workers) >= 2
+    assert workers
     assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from prefect import flow
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
 
 from artifacts.refs import ArtifactRef
 from tasks.load_model import load_model
@@ -38,6 +39,13 @@ def only_the_dataset(config: RunConfig, rerun_from: str | None = None) -> Artifa
         return dataset
     finally:
         session.close()
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def say_and_sleep(path: Path) -> None:
+    """Says that it is there, and stays."""
+    path.touch()
+    time.sleep(300)
 
 
 def picture(number: int, size: tuple[int, int] = (90, 40)) -> bytes:
@@ -76,14 +84,25 @@ def mixed_sources(folder: Path) -> dict[str, Any]:
     return {"sources": sources, "max_dropped_fraction": 0.5}
 
 
-def slow_source(folder: Path, num_rows: int = 60) -> Path:
+def slow_source(folder: Path, num_rows: int) -> Path:
     """Rows that take about a tenth of a second each."""
     folder.mkdir()
     small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
-    small.resize((3000, 2000)).save(folder / "page.jpg")
+    small.resize((2400, 1600)).save(folder / "page.jpg")
     rows = [{"image": "page.jpg", "text": f"line {number}"} for number in range(num_rows)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "rows.jsonl"
+
+
+def damaged_source(path: Path) -> str:
+    """A parquet file whose footer is whole, and a page of which is not."""
+    texts = [f"{number} {np.random.default_rng(number).bytes(16).hex()}" for number in range(2000)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=500, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 1000] = b"\xff" * 1000
+    path.write_bytes(content)
+    return str(path)
 
 
 def wait_for(there: Any, seconds: float = 120.0) -> Any:
