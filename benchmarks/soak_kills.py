@@ -69,7 +69,9 @@ def kill_alone(folder: Path, undisturbed: Undisturbed, options: argparse.Namespa
     """A series of kills of one run after the other."""
     folder.mkdir()
     series = KillSeries(folder, options.seed, undisturbed, tracking=tracking)
-    return series.run(options.tracked_kills if tracking else options.kills, by_time=options.by_time)
+    if tracking:
+        return series.run(options.tracked_kills)  # these runs are over before most times
+    return series.run(options.kills, by_time=options.by_time)
 
 
 def share(folder: Path, undisturbed: Undisturbed, address: str, moments: random.Random) -> dict[str, list[str]]:
@@ -125,7 +127,9 @@ def main() -> int:
     parser.add_argument("--tracked-kills", type=int, default=40, help="with an MLflow log beside each store")
     parser.add_argument("--rounds", type=int, default=3, help="of several processes at once")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--by-time", type=float, default=0.4, help="share of the kills that come from outside")
+    parser.add_argument(
+        "--by-time", type=float, default=0.4, help="share of the kills without tracking that come from outside"
+    )
     options = parser.parse_args()
     started = time.monotonic()
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "mlflow"))
