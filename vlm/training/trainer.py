@@ -9,7 +9,7 @@ done. What differs from the stock trainer, and why:
 - the loss is summed over the step's supervised tokens and divided by their number, whatever their distribution over
   micro-batches; logits are made a few rows at a time, and for supervised tokens only (`vlm.training.loss`).
 - validation loss is weighted by tokens, not by batches.
-- checkpoints hold the adapter's tensors only, are read back by our strict loader, and count when complete.
+- checkpoints are our own (`vlm.training.resumable`).
 - several processes train as one (`vlm.training.distributed`): each is a trainer that knows of no other until a step's
   gradients are summed, so what runs on one GPU is what runs on many.
 - a quantised base does not turn the adapter to bfloat16 (TRL's default), where small updates get lost.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,17 +31,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate.utils import AutocastKwargs
-from safetensors.torch import save_file
 from torch.utils.data import Sampler, SequentialSampler, get_worker_info
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from trl import SFTConfig, SFTTrainer
+from transformers import PrinterCallback, ProgressCallback
+from trl import SFTConfig
 
 from vlm.errors import ConfigError, ResourceError
 from vlm.families.pixels import PixelBytes
-from vlm.lora.peft_model import WEIGHTS_FILE, adapter_parameters, base_model, load_tensors, save_tensors
+from vlm.lora.peft_model import adapter_parameters, base_model
 from vlm.processes.signals import leave_to_parent
-from vlm.training import checkpoints
 from vlm.training.best import KeepBest
 from vlm.training.callbacks import Pace
 from vlm.training.capture import Stack
@@ -51,16 +47,17 @@ from vlm.training.distributed.combine import combine_step
 from vlm.training.distributed.ranks import Ranks, is_spread
 from vlm.training.flat import FlatParameters
 from vlm.training.loss import add_supervised_loss
+from vlm.training.resumable import ResumableTrainer
 from vlm.training.shrinking import Shrinking
 
 if TYPE_CHECKING:
-    from vlm.training.distributed.sharding import LocalShards, Sharded
+    from vlm.training.distributed.sharding import Sharded
 
 Rows = Sequence[int]
 _LOGGER = logging.getLogger(__name__)
 
 
-class AdapterTrainer(SFTTrainer):
+class AdapterTrainer(ResumableTrainer):
     """Trains the adapter of a PEFT model along planned steps.
 
     Args:
@@ -106,11 +103,8 @@ class AdapterTrainer(SFTTrainer):
         self._best = best
         self._ranks = ranks
         self._sharded = sharded
-        self._shards: LocalShards | None = None
-        self._gathered: tuple[dict[str, torch.Tensor], dict[str, Any] | None] | None = None
         self._have_met = False
         self._stacks = stacks
-        self._flat: FlatParameters | None = None
         self._validation = validation
         self._collate_validation = collate_validation
         self._identity = identity
@@ -397,72 +391,6 @@ class AdapterTrainer(SFTTrainer):
             logs = {**logs, "mean_token_accuracy": num_right / max(num_tokens, 1)}
             logs = {**logs, **self._pace.report(self.state.global_step)}
         super().log(logs, start_time)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter's tensors."""
-        folder = Path(output_dir) if output_dir else self._work_dir
-        folder.mkdir(parents=True, exist_ok=True)
-        if self._gathered is not None:
-            save_file(self._gathered[0], folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        else:
-            save_tensors(self._peft_model, folder / WEIGHTS_FILE)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._gathered is not None and self._gathered[1] is not None:
-            # In place of this process's slices: the form that a training on any number of processes resumes from.
-            torch.save(self._gathered[1], Path(output_dir) / OPTIMIZER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._shards is None or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        self._shards.load(torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
-        assert self.lr_scheduler is not None
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-
-    def take_over(self, folder: Path) -> None:
-        """Puts a training where a checkpoint left it, without going on.
-
-        Args:
-            folder: Of a complete checkpoint.
-        """
-        self._load_from_checkpoint(str(folder))
-        self.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        # Its state tells which tensors never had a gradient.
-        self.create_optimizer_and_scheduler(self.args.max_steps)
-        self._load_optimizer_and_scheduler(str(folder))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        path = Path(resume_from_checkpoint) / WEIGHTS_FILE
-        if self._sharded is not None:
-            self._sharded.load(path)
-        else:
-            load_tensors(self._peft_model, path)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        started = time.perf_counter()
-        if self._ranks is not None and self._flat is not None:
-            self._flat.merge(self._ranks.sum)
-        if self._sharded is not None:
-            self._gathered = (self._sharded.gathered(), None if self._shards is None else self._shards.gathered())
-        if self._ranks is None or self._ranks.rank == 0:
-            self._write_checkpoint(model, trial)
-        self._gathered = None
-        if self._ranks is not None:
-            self._ranks.wait_for_first()
-        self._pace.leave_out(time.perf_counter() - started)
-
-    def _write_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = self._work_dir / f"checkpoint-{self.state.global_step}"
-        if folder.exists():
-            shutil.rmtree(folder)
-        # Not SFTTrainer's own, which also writes a model card with every checkpoint.
-        Trainer._save_checkpoint(self, model, trial)
-        if self._best is not None:
-            self._best.store(folder)
-        checkpoints.mark_complete(folder, self.state.global_step, self._identity)
-        checkpoints.remove_others(self._work_dir, keep=folder)
 
 
 def _collate_step(collate: Callable[[Rows], dict[str, Any]], items: Sequence[Any]) -> dict[str, Any]:
