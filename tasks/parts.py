@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import signal
 import threading
 import uuid
 from collections import deque
@@ -33,6 +32,7 @@ from vlm.data.exchange import StoppedError
 from vlm.data.parts import Part, PartResult
 from vlm.data.parts import prepare_part as prepare
 from vlm.errors import ResourceError
+from vlm.processes.signals import blocked, leave_to_parent
 
 _CONNECT_SECONDS = 30
 # Clusters that grow with the work may have no worker yet.
@@ -74,7 +74,9 @@ class Workers:
             parts: Asked for when they are needed.
         """
         for part in parts:
-            self._waiting.append(self._runner.submit(prepare_part, {"part": part}))
+            # It may start a process, whose first threads must not take a signal that is not for them.
+            with blocked():
+                self._waiting.append(self._runner.submit(prepare_part, {"part": part}))
             if len(self._waiting) >= 2 * self.num_workers() + 2:
                 yield self._next()
         while self._waiting:
@@ -129,8 +131,8 @@ def _lost_process(error: Exception, count: int) -> Exception | None:
 
 
 def _settle_in() -> None:
-    """What a process of the pool does first: Ctrl-C is for the one that started it, which it never outlives."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What a process of the pool does first: signals to all are for the one that started it, which it never outlives."""
+    leave_to_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

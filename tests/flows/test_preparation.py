@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,6 +202,10 @@ def test_a_killed_process_is_one_error_and_an_interrupt_ends_all(tmp_path: Path,
 
     def kill_one() -> None:
         found = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+        # Sent to all processes of a job, as Slurm does, these are for the flow's own.
+        for name in ("INT", "TERM"):
+            subprocess.run(["kill", f"-{name}", *(str(child.pid) for child in found)], check=True)
+        assert psutil.wait_procs(found, timeout=0.5)[0] == []
         found[0].kill()
 
     with pytest.raises(ResourceError, match="one of the 2 processes that prepare rows was killed"):
