@@ -147,14 +147,14 @@ def test_templates_are_programs_that_may_fail(template: str, message: str, folde
 
 
 def test_a_template_without_end_is_an_error_of_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "TEMPLATE_SECONDS", 0.05)
+    monkeypatch.setattr(encoding, "TEMPLATE_SECONDS", 0.005)
     # Long enough to be given up; with an end, so that no thread is left behind in the tests.
-    loop = "{% for i in range(20) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    loop = "{% for i in range(90) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (folder / "chat_template.jinja").write_text(loop)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     processing = Processing.from_dir(folder)
     for call in (lambda: processing.encode(messages, []), lambda: processing.render(messages)):
-        with pytest.raises(ModelError, match=r"has not rendered a conversation of [12] messages after 0.05 seconds"):
+        with pytest.raises(ModelError, match=r"has not rendered a conversation of [12] messages after 0.005 seconds"):
             call()
 
 
