@@ -119,8 +119,17 @@ def describe(error: ValidationError, config: type[BaseModel]) -> str:
             value = "" if isinstance(problem["input"], dict) else f" {shown(problem['input'])}"
             # What contradicts itself across sections has no name of its own; its message says all.
             place = f"{name}{value}: " if name else ""
-            lines.append(f"{place}{problem['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{place}{problem['msg'].removeprefix('Value error, ')}{_remedy(config, problem)}")
     return "\n".join(lines)
+
+
+def _remedy(config: type[BaseModel], problem: Any) -> str:
+    """What to write in place of a text of the wrong form: few people read patterns."""
+    if problem["type"] != "string_pattern_mismatch":
+        return ""
+    section = _at(config, problem["loc"][:-1])
+    field = getattr(section, "model_fields", {}).get(problem["loc"][-1])
+    return f". It is: {field.description}" if field is not None else ""
 
 
 def _fields_at(config: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

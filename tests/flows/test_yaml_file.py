@@ -76,6 +76,11 @@ def test_anchors_and_merges_are_for_people(tmp_path: Path) -> None:
         ("lora: {alpha: .inf}", "finite number"),
         ("training: {seed: 4294967296}", "less than or equal to 4294967295"),
         ("tracking: 'https://user:hunter2@host'", r"'https://\*\*\*@host': Input should be a valid dictionary"),
+        (
+            "data: {distributed: {dask_scheduler: node0}}",
+            r"data.distributed.dask_scheduler 'node0': String should match pattern .* It is: Address of a Dask scheduler, such as"
+            " tcp://host:8786",
+        ),
         ("tracking: {registered_model: '" + "/" * 100_000 + "'}", "should match pattern"),
     ],
 )
