@@ -1,5 +1,6 @@
 """Two GPUs that train together against one: sums over NCCL, FSDP2 on CUDA, and what becomes of a rank that is lost or hangs."""
 
+import json
 import os
 import signal
 import time
@@ -55,8 +56,6 @@ def gpu_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyRun]:
 
 def assert_close(single: Training, job: Job) -> None:
     """In bfloat16, sums in another order differ by a part in a hundred; what AdamW makes of that adds up over steps."""
-    import json
-
     lines = [json.loads(line) for line in (job.output_dir / "training" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [line["step"] for line in single.metrics]
     for own, other in zip(lines, single.metrics, strict=True):
