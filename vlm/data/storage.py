@@ -218,7 +218,8 @@ class _Lists:
 
     def add(self, values: Sequence[float]) -> None:
         if isinstance(values, np.ndarray):
-            self.values.frombytes(values.tobytes())
+            # Bytes are taken as they are, so they must be of the column's type.
+            self.values.frombytes(np.asarray(values, self.values.typecode).tobytes())
         else:
             self.values.extend(values)
         self.lengths.append(len(values))

@@ -86,3 +86,14 @@ def test_errors(dataset, tmp_path):
         PreparedDataset(dataset.dataset_dir, "dev")
     with pytest.raises(DataError, match="not a prepared dataset"):
         PreparedDataset(tmp_path / "nothing", "train")
+
+
+@pytest.mark.parametrize("dtype", [None, np.int32, np.int64, np.uint16])
+def test_tokens_are_kept_whatever_type_they_come_in(dtype: type | None) -> None:
+    tokens = [1, 70_000 if dtype is not np.uint16 else 7, 3]
+    ids = tokens if dtype is None else np.array(tokens, dtype)
+    batch = storage.Batch()
+    for _ in range(2):
+        batch.add("a", storage.Record(None, "[]", "", "{}", ids, [0, 2], [], [], [], [], 0, 1))
+    columns = dict(zip((field.name for field in storage.DATA_SCHEMA), batch.data_columns(), strict=True))
+    assert columns["input_ids"].to_pylist() == [tokens, tokens]
