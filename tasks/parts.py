@@ -115,8 +115,7 @@ def workers_for(distributed: PreparationConfig) -> Iterator[Workers]:
             with _dask_workers(distributed.dask_scheduler) as workers:
                 yield workers
             return
-        count = distributed.num_processes
-        count = len(os.sched_getaffinity(0)) if count == "auto" else count
+        count = distributed.num_local_processes
         with ProcessPoolTaskRunner(max_workers=count, initializer=_settle_in) as runner:
             yield Workers(runner, lambda: count, lambda error: _lost_process(error, count))
 

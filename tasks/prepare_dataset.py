@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,8 +18,7 @@ def prepare_dataset(session: Session, checkpoint: ArtifactRef) -> ArtifactRef:
     def build(stage: Path, inputs: Mapping[str, Path]) -> Json:
         processor_dir = inputs["processor"] / "processor"
         distributed = session.config.data.distributed
-        on_one_core = distributed.num_processes == "auto" and len(os.sched_getaffinity(0)) == 1
-        if distributed.is_single or on_one_core:
+        if distributed.dask_scheduler is None and distributed.num_local_processes == 1:
             return _here(session, processor_dir, stage)
         return _in_parts(session, processor_dir, stage)
 

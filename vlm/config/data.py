@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -153,6 +154,11 @@ class PreparationConfig(Section):
     def is_single(self) -> bool:
         """Whether one process does it all, in the flow's own process; 'auto' may come to that as well."""
         return self.num_processes == 1 and self.dask_scheduler is None
+
+    @property
+    def num_local_processes(self) -> int:
+        """Processes of this machine, 'auto' settled: one per core that this process may use."""
+        return len(os.sched_getaffinity(0)) if self.num_processes == "auto" else self.num_processes
 
     @model_validator(mode="after")
     def _one_way(self) -> PreparationConfig:

@@ -19,6 +19,19 @@ _BLOCK = 256
 SEEN = "had_gradient"
 
 
+def scale_down(gradients: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scales gradients in place so that their norm is no more than the largest, as `torch.nn.utils.clip_grads_with_norm_` does.
+
+    Args:
+        gradients: All of them, or a process's part.
+        norm: Over all, a scalar.
+        max_norm: The largest; infinite for any.
+    """
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.dtype))
+
+
 class FlatParameters:
     """Makes an optimiser work on one long tensor per group.
 
@@ -84,9 +97,7 @@ class FlatParameters:
             The norm before, a scalar.
         """
         norm = torch.nn.utils.get_total_norm(self._gradients)
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for whole in self._gradients:
-            whole.mul_(scale)
+        scale_down(self._gradients, norm, max_norm)
         return norm
 
     def merge(self, add: Callable[[Sequence[float]], Sequence[float]]) -> None:

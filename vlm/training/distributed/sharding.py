@@ -2,8 +2,7 @@
 
 Each process keeps a slice of every layer of the language model, which is nine tenths of a model, and puts a layer together while
 it computes. An NF4 weight is spread as the bytes that it is stored in, four to a number; its scales, a thirtieth of it, stay
-whole. What is
-trained whole in those layers has its gradients summed into slices and its optimiser working on them.
+whole. What is trained whole in those layers has its gradients summed into slices and its optimiser working on them.
 
 The rest stays whole in every process: LoRA matrices, and what does not run in every pass, which are the vision tower and layers for
 image features. All processes must put the same layers together in the same order, or they wait for each other for ever; with
@@ -28,6 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from vlm.families import Family
 from vlm.lora.peft_model import WHOLE_ATTRIBUTE, adapter_parameters, base_model, check_shapes
 from vlm.training.distributed.ranks import Ranks, is_spread
+from vlm.training.flat import scale_down
 
 
 class Sharded:
@@ -165,9 +165,7 @@ class LocalShards:
             squares[int(is_part)] += torch.linalg.vector_norm(gradient.float()) ** 2
         self._ranks.add([squares[1:]])
         norm = squares.sum().sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient, _ in gradients:
-            gradient.mul_(scale.to(gradient.dtype))
+        scale_down((gradient for gradient, _ in gradients), norm, max_norm)
         return norm
 
     def without_state(self, names: Mapping[str, Any]) -> list[str]:
