@@ -10,7 +10,7 @@ The first steps, in which workers start, kernels are compiled and graphs are rec
 
 - samples/s, tokens/s: medians over steps; speed-up: of samples/s: over the first line; efficiency: speed-up over the number of processes.
 - balance: the busiest process's tokens over the mean, as dealt; what imbalance alone costs.
-- peak: GPU memory of process 0, as PyTorch allocated it.
+- planned, peak: GPU memory of process 0, as step 4 expected it and as PyTorch allocated it.
 - loss: of the last step; the same in all lines to rounding, or something is wrong.
 
 `--shape tiny` tries the script itself on a CPU, with two processes over gloo: more of them than cores only get slower.
@@ -23,6 +23,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -97,6 +98,7 @@ def main() -> None:
         build_checkpoint(
             ModelConfig(name=str(source), quantization=quantization), folder / "checkpoint", device=device, dtype=dtype
         )
+        shutil.rmtree(source)
         loaded = load_checkpoint(folder / "checkpoint", device=device)
         lora = LoraConfig(full_finetuning=ALL_PARTS) if options.full else LoraConfig(rank=16, alpha=16)
         build_adapter(loaded, lora, folder / "initial")
@@ -111,9 +113,9 @@ def main() -> None:
             f" {options.work}, {'full fine-tuning' if options.full else 'LoRA'}, {options.steps} steps\n"
         )
         print(
-            "| processes | strategy | samples/step | samples/s | tokens/s | speed-up | efficiency | balance | peak, GiB | loss | whole, s |"
+            "| processes | strategy | samples/step | samples/s | tokens/s | speed-up | efficiency | balance | planned, GiB | peak, GiB | loss | whole, s |"
         )
-        print("|---" * 11 + "|")
+        print("|---" * 12 + "|")
         first = None
         for strategy, number in itertools.product(options.strategies, options.processes):
             if number == 1 and strategy != options.strategies[0]:
@@ -131,7 +133,7 @@ def main() -> None:
             )
             here = folder / f"{strategy}-{number}"
             try:
-                make_plan(
+                plan = make_plan(
                     dataset,
                     folder / "checkpoint",
                     folder / "initial",
@@ -180,9 +182,11 @@ def main() -> None:
             print(
                 f"| {number} | {strategy if number > 1 else '–'} | {samples} | {speed:.2f} | {tokens:.0f} | {speed / first:.2f}"
                 f" | {speed / first / number:.0%} | {balance(here / 'plan', PreparedDataset(dataset, 'train'), number):.3f}"
+                f" | {plan.memory['expected_bytes'] / 2**30:.2f}"
                 f" | {'–' if peak is None else f'{peak / 2**30:.2f}'} | {summary.final_loss:.5f} | {whole:.0f} |",
                 flush=True,
             )
+            shutil.rmtree(here)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,9 @@ def describe_full(loaded: LoadedModel, lora: LoraConfig) -> dict[str, Any]:
 def attach_full(loaded: LoadedModel, adapter_dir: Path, *, trainable: bool) -> Any:
     """Puts trained weights into the base model, in place; `detach_full` undoes that.
 
+    Weights that wait in the host's memory for another device stay as they are stored, which is half as large and shared by
+    the processes that read the same file: whoever moves them makes them float32.
+
     Args:
         loaded: The base model.
         adapter_dir: Folder of the artifact; without a weights file, training starts from the base's own weights.
@@ -132,9 +135,11 @@ def attach_full(loaded: LoadedModel, adapter_dir: Path, *, trainable: bool) -> A
     try:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable and name in parameters)
+        has_weights = (adapter_dir / WEIGHTS_FILE).is_file()
         for parameter in parameters.values():
-            parameter.data = parameter.data.to(torch.float32 if trainable else parameter.dtype, copy=True)
-        if (adapter_dir / WEIGHTS_FILE).is_file():
+            if has_weights or parameter.device.type == loaded.device:
+                parameter.data = parameter.data.to(torch.float32 if trainable else parameter.dtype, copy=True)
+        if has_weights:
             load_tensors(model, adapter_dir / WEIGHTS_FILE)
         elif not trainable:
             raise LoraError(f"{adapter_dir} has no {WEIGHTS_FILE}, so nothing has been trained yet; train first")

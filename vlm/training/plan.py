@@ -19,19 +19,18 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm.config import TrainingConfig
-from vlm.errors import ConfigError, DataError, ResourceError
+from vlm.errors import ConfigError, DataError
 from vlm.families import Family, family_by_name
 from vlm.summary import Summary
 from vlm.training.activation import ActivationPlan, choose_activations
 from vlm.training.device import check_device
+from vlm.training.fit import CUDA_CONTEXT_BYTES, check_fits
 from vlm.training.memory import NF4_BYTES, MemoryEstimate, estimate_memory, kept_of_spread, towers
 from vlm.training.rates import check_rates
 from vlm.training.steps import PackLimits, full_pack_size, plan_batches, plan_full_packs, plan_packs
 
 PLAN_FILE = "plan.json"
 BATCHES_FILE = "batches.arrow"
-# What the driver and the libraries take before the first tensor.
-_CUDA_CONTEXT_BYTES = 700_000_000
 # The share of the device that packs are made for; the estimate may err, and memory gets fragmented.
 _USED_SHARE = 0.9
 # A pack of so many tokens keeps a GPU busy: several smaller packs cost less than recomputing layers of one large one.
@@ -206,7 +205,7 @@ def make_plan(
         num_vision_layers=vision.num_layers if "vision" in trained_parts else 0,
         num_language_layers=language.num_layers,
         expected_bytes=lambda plan: estimate(*largest, plan).reserved_bytes,
-        device_memory_bytes=None if device_memory is None else device_memory - _CUDA_CONTEXT_BYTES,
+        device_memory_bytes=None if device_memory is None else device_memory - CUDA_CONTEXT_BYTES,
         embedding_can_move=_embedding_can_move(config, adapter),
         # Spread weights have no fixed address.
         graphs=device == "cuda" and training.cuda_graphs and num_spread == 1,
@@ -218,7 +217,7 @@ def make_plan(
         fixed = estimate(1 << 20, 0, activations)
         budget = math.inf
         if device_memory is not None:
-            taken = fixed.fixed_bytes + estimate(*largest, activations).pool_bytes + _CUDA_CONTEXT_BYTES
+            taken = fixed.fixed_bytes + estimate(*largest, activations).pool_bytes + CUDA_CONTEXT_BYTES
             budget = max(_USED_SHARE * device_memory - taken, float(cost.max()))
         batches, capacity = _packs(rows, lengths, visual, training, PackLimits(None, cost.astype(np.float64), budget))
         sizes = np.array([lengths[batch].sum() for _, batch in batches])
@@ -233,7 +232,17 @@ def make_plan(
         "image_sizes": [list(image.shape[:-1]) for image in rows[worst].images],
     }
     if device_memory is not None:
-        _check_fits(peak, device_memory, sample, training, packed_rows=len(batches[costliest][1]) if packing else None)
+        check_fits(
+            peak,
+            device_memory - CUDA_CONTEXT_BYTES,
+            sample,
+            training,
+            optimizer=optimizer,
+            is_quantized="quantization_config" in config,
+            trains_whole=bool(adapter.get("full_finetuning")),
+            num_spread=num_spread,
+            packed_rows=len(batches[costliest][1]) if packing else None,
+        )
 
     seen = np.concatenate([batch for _, batch in batches])
     summary = PlanSummary(
@@ -364,34 +373,3 @@ def _device_memory_bytes(device: str) -> int | None:
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory)
-
-
-def _check_fits(
-    peak: MemoryEstimate,
-    device_memory: int,
-    sample: dict[str, Any],
-    training: TrainingConfig,
-    packed_rows: int | None,
-) -> None:
-    if peak.at_least_bytes <= device_memory - _CUDA_CONTEXT_BYTES:
-        return
-    sizes = ", ".join(f"{' x '.join(map(str, size))} pixels" for size in sample["image_sizes"]) or "no image"
-    remedies = []
-    if packed_rows is not None and packed_rows > 1:
-        remedies.append("lower training.max_tokens_per_pack")
-    if packed_rows is None and training.batch_size > 1:
-        remedies.append("lower training.batch_size and raise training.gradient_accumulation by as much")
-    if training.activation_memory not in ("auto", "offload"):
-        remedies.append("set training.activation_memory to 'auto' or 'offload'")
-    if not training.fused_kernels:
-        remedies.append("turn training.fused_kernels on")
-    if sample["num_visual_tokens"]:
-        remedies.append("lower data.max_pixels")
-    remedies += ["lower data.max_length_tokens", "take a larger GPU"]
-    raise ResourceError(
-        f"the costliest micro-batch needs at least {peak.at_least_bytes / 1e9:.1f} GB of GPU memory"
-        f" ({peak.weights_bytes / 1e9:.1f} weights, {peak.adapter_bytes / 1e9:.1f} adapter and optimizer, the rest activations)"
-        f" but the GPU has {device_memory / 1e9:.1f} GB. The costliest sample is {sample['id']!r}: {sample['num_tokens']} tokens,"
-        f" {sample['num_visual_tokens']} of them visual, {sizes}. Remedies: "
-        + "; ".join(f"({number}) {remedy}" for number, remedy in enumerate(remedies, 1))
-    )

@@ -17,6 +17,7 @@ from vlm.kernels.limits import HEAD_CHUNK_BYTES, HEAD_COPIES
 from vlm.lora.build import build_adapter
 from vlm.training import plan as plan_module
 from vlm.training.activation import ActivationPlan
+from vlm.training.fit import CUDA_CONTEXT_BYTES
 from vlm.training.memory import Tower
 from vlm.training.plan import PlanSummary, make_plan, read_plan
 
@@ -149,19 +150,15 @@ def test_what_cannot_fit_is_refused_by_name(
     tiny_run: Callable, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tiny_run("qwen2_5_vl")
-    monkeypatch.setattr(plan_module, "_device_memory_bytes", lambda device: 600_000_000)
+    monkeypatch.setattr(plan_module, "_device_memory_bytes", lambda device: 8_000_000_000)
+    memory = planned(run, adapter, tmp_path / "fits", "cuda").memory
+    # Room for weights and states, and for no activations.
+    size_bytes = CUDA_CONTEXT_BYTES + memory["weights_bytes"] + memory["adapter_bytes"]
+    monkeypatch.setattr(plan_module, "_device_memory_bytes", lambda device: size_bytes)
     with pytest.raises(
         ResourceError, match=r"costliest sample is 'train-\d'.*56 x 140 pixels.*\(1\) lower data\.max_pixels"
     ):
-        make_plan(
-            run.dataset_dir,
-            run.checkpoint_dir,
-            adapter,
-            TrainingConfig(),
-            tmp_path / "p",
-            device="cuda",
-            dtype="bfloat16",
-        )
+        planned(run, adapter, tmp_path / "p", "cuda")
     assert not (tmp_path / "p").exists()
 
 
@@ -244,12 +241,46 @@ def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan
     }
     (tmp_path / "targets.json").write_text(json.dumps(targets))
 
-    def plan(memory_gib: float, **settings: Any) -> PlanSummary:
+    def plan(memory_gib: float, num_spread: int = 1, **settings: Any) -> PlanSummary:
         monkeypatch.setattr(plan_module, "_device_memory_bytes", lambda device: int(memory_gib * 2**30))
         training = TrainingConfig(batch_size=8, gradient_accumulation=1, max_steps=1, **settings)
-        return make_plan(tmp_path, tmp_path, tmp_path, training, tmp_path / "plan", device="cuda", dtype="bfloat16")
+        return make_plan(
+            tmp_path,
+            tmp_path,
+            tmp_path,
+            training,
+            tmp_path / "plan",
+            device="cuda",
+            dtype="bfloat16",
+            num_spread=num_spread,
+        )
 
     return plan
+
+
+def test_what_one_card_does_not_hold_says_what_would_help_and_fits_on_several(
+    pages: Callable[..., PlanSummary], tmp_path: Path
+) -> None:
+    """All weights of a 7B model: 8.3 billion of 16 bytes each."""
+    targets = {
+        "num_trainable_parameters": 8_292_166_656,
+        "num_targets_by_part": {"vision": 390, "projector": 5, "language": 338},
+        "modules_to_save": [],
+        "targets": [],
+        "full_finetuning": ["language", "projector", "vision"],
+    }
+    (tmp_path / "targets.json").write_text(json.dumps(targets))
+    with pytest.raises(ResourceError, match=r"132\.7 for what is trained") as failed:
+        pages(80, optimizer="adamw")
+    helpful = ("optimizer to 'adamw_8bit'", "lora.full_finetuning", "strategy 'fsdp2'", "larger GPU")
+    assert all(remedy in str(failed.value) for remedy in helpful)
+    # What no smaller image would change.
+    assert "max_pixels" not in str(failed.value)
+    plan = pages(80, optimizer="adamw", num_spread=4)
+    assert plan.memory["reserved_bytes"] < 0.9 * 80 * 2**30
+    with pytest.raises(ResourceError, match="take more or larger GPUs") as failed:
+        pages(40, optimizer="adamw", num_spread=4)
+    assert "adamw_8bit" not in str(failed.value)
 
 
 def test_short_of_memory_packs_are_as_large_as_fit_with_inputs_on_the_host(pages: Callable[..., PlanSummary]) -> None:

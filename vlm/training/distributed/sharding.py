@@ -296,10 +296,13 @@ def _layers(base: Any, family: Family) -> list[Any]:
 
 
 def _move(module: Any, device: str) -> None:
-    """To the device, with the scales of 4-bit weights, which are no parameters."""
+    """To the device, what learns in float32, with the scales of 4-bit weights, which are no parameters."""
     import bitsandbytes as bnb
 
     module.to(device)
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
     for inner in module.modules():
         if isinstance(inner, bnb.nn.Linear4bit) and inner.quant_state is not None:
             inner.quant_state.to(next(inner.parameters()).device)
