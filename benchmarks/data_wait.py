@@ -114,7 +114,7 @@ def trained(loaded: Any, dataset: Path, steps: int, folder: Path, *, host_pixels
         batch_size=SAMPLES_PER_STEP,
         gradient_accumulation=1,
         log_every_steps=1,
-        checkpoint_every_steps=10 * steps,
+        checkpoint_every_steps=None,
         evaluate_every_steps=None,
     )
     make_plan(

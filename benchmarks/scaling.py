@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", choices=("ddp", "fsdp2"), default=["ddp"])
     parser.add_argument("--samples", type=int, default=32, help="of a step, over all processes")
     parser.add_argument("--samples-per-process", type=int, help="in place of --samples")
+    parser.add_argument("--layers", type=int, help="of the language model, for fewer than its shape has")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--left-out", type=int, default=4, help="first steps that do not count")
     parser.add_argument("--metrics", type=Path, help="folder for what every training logged, step by step")
@@ -86,12 +87,13 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
     tiny = options.shape == "tiny"
+    fewer = {"text_config": {"num_hidden_layers": options.layers}} if options.layers else None
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes"))
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         source = make_checkpoint(
-            "qwen2_5_vl_3b" if tiny else options.shape, folder / "source", config=TINY if tiny else None
+            "qwen2_5_vl_3b" if tiny else options.shape, folder / "source", config=TINY if tiny else fewer
         )
         quantization = "none" if options.full else "nf4"
         (folder / "checkpoint").mkdir()
@@ -109,7 +111,8 @@ def main() -> None:
         if device == "cuda":
             torch.cuda.empty_cache()
         print(
-            f"{name}, {len(os.sched_getaffinity(0))} cores; {versions}; Python {platform.python_version()}; {options.shape},"
+            f"{name}, {len(os.sched_getaffinity(0))} cores; {versions}; Python {platform.python_version()}; {options.shape}"
+            f"{f' of {options.layers} layers' if options.layers else ''},"
             f" {options.work}, {'full fine-tuning' if options.full else 'LoRA'}, {options.steps} steps\n"
         )
         print(
@@ -126,7 +129,7 @@ def main() -> None:
                 batch_size=samples,
                 gradient_accumulation=1,
                 log_every_steps=1,
-                checkpoint_every_steps=10 * options.steps,
+                checkpoint_every_steps=None,
                 optimizer="adamw" if options.full else "auto",
                 # One process goes through the same launch, with nobody to sum with.
                 distributed=DistributedConfig(num_processes=number, strategy=strategy if number > 1 else "ddp"),

@@ -33,12 +33,15 @@ def train(
 
     def build(stage: Path, folders: Mapping[str, Path]) -> Json:
         from tasks.tracking import training_callbacks
+        from vlm.training.disk import check_disk
         from vlm.training.interrupt import TrainingInterrupted
 
         work_dir = session.store.resumable(session.key("train", inputs))
         num_processes = num_local_processes(
             distributed.num_processes, session.resolved.device, "training.distributed.num_processes"
         )
+        if distributed.machine_rank == 0:
+            check_disk(folders["adapter"], folders["plan"], session.config.training, work_dir, stage)
         single = num_processes == distributed.num_machines == 1
         try:
             if distributed.machine_rank > 0:

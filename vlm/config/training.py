@@ -95,8 +95,11 @@ class TrainingConfig(Section):
     )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="Of row order and dropout.")
     log_every_steps: int = Field(10, ge=1, description="Steps between two logged losses.")
-    checkpoint_every_steps: int = Field(
-        100, ge=1, description="Steps between two checkpoints from which an interrupted run resumes."
+    checkpoint_every_steps: int | None = Field(
+        100,
+        ge=1,
+        description="Steps between two checkpoints from which an interrupted or killed run resumes; None writes one only when the"
+        " run is interrupted.",
     )
     evaluate_every_steps: int | None = Field(
         None, ge=1, description="Steps between two validation losses; None evaluates at the end only."

@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from vlm.kernels.frozen_linear import compute_dtype
 from vlm.kernels.limits import HEAD_CHUNK_BYTES
 
+# Of the head's gradient that are made at once.
+_WORDS = 2**14
+
 
 def chunk_rows(num_words: int) -> int:
     """Rows whose logits are made at once.
@@ -61,7 +64,10 @@ class _HeadLoss(torch.autograd.Function):
             if dh is not None:
                 torch.mm(narrow, dense, out=dh[part])
             if dweight is not None:
-                dweight += narrow.t() @ h[part]
+                # A few words at a time: all at once, the product would take half as much memory as the sum.
+                for words in range(0, len(weight), _WORDS):
+                    own = slice(words, words + _WORDS)
+                    dweight[own] += narrow[:, own].t() @ h[part]
             if dbias is not None:
                 dbias += dz.sum(0)
             # Or they would live until the next chunk's have been made.
@@ -78,8 +84,9 @@ class _HeadLoss(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             None if dh is None else dh * scale.to(dh.dtype),
-            None if dweight is None else (dweight * scale).to(weight_dtype),
-            None if dbias is None else (dbias * scale).to(bias_dtype),
+            # In its own memory, which is that of a whole head in float32. A second backward pass would be refused.
+            None if dweight is None else dweight.mul_(scale).to(weight_dtype),
+            None if dbias is None else dbias.mul_(scale).to(bias_dtype),
             None,
         )
 

@@ -62,8 +62,9 @@ def training_arguments(
         logging_first_step=True,
         # A loss that is no number is an error here, not something to smooth over.
         logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=training.checkpoint_every_steps,
+        # One that is asked for, since the run is interrupted, is written in any case.
+        save_strategy="no" if training.checkpoint_every_steps is None else "steps",
+        save_steps=training.checkpoint_every_steps or 1,
         # Old checkpoints go only after the new one is complete, see `_save_checkpoint`.
         save_total_limit=None,
         eval_strategy="steps" if evaluates else "no",

@@ -196,7 +196,7 @@ class MemoryEstimate:
     vision_bytes: int
     """Activations while the vision tower does, whose turn comes last."""
     logits_bytes: int
-    """The language-model head over one chunk of supervised tokens."""
+    """The language-model head over one chunk of supervised tokens; where it learns, what it sums its gradient in."""
     dense_bytes: int
     """Weights of the widest product, which are made or put together while it runs."""
     cast_bytes: int
@@ -319,6 +319,8 @@ def estimate_memory(
     fused: bool,
     optimizer: str,
     trained_whole: Collection[str] = (),
+    head_learns: bool = False,
+    is_spread: bool = False,
     patches_per_token: int | None = None,
     on_gpu: bool = True,
 ) -> MemoryEstimate:
@@ -337,6 +339,9 @@ def estimate_memory(
         fused: Whether the fused pieces are used.
         optimizer: ``adamw`` or ``adamw_8bit``.
         trained_whole: Parts of the model whose own weights learn, in float32.
+        head_learns: Whether the language-model head's own weights do.
+        is_spread: Whether the language model's layers are spread over GPUs: they are put together in the precision of
+            computation.
         patches_per_token: Patches behind one visual token, where the configuration does not tell.
         on_gpu: Whether products run on a GPU, whose library has workspaces.
 
@@ -389,11 +394,13 @@ def estimate_memory(
         pool = max(pools) if activations.recomputes_all else sum(pools)
     cast = 0
     if value_bytes < 4:
-        if "language" in trained_whole:
+        if "language" in trained_whole and not is_spread:
             cast += language.cast_weights(activations.recomputed_language)
         if "vision" in trained_whole:
             cast += vision.cast_weights(activations.recomputed_vision)
     vocabulary = int((config.get("text_config") or config).get("vocab_size") or config.get("vocab_size") or 0)
+    # Its copy in the precision of computation, and a gradient of its own in float32.
+    head = vocabulary * language.hidden * (value_bytes + 4) if head_learns else 0
     return MemoryEstimate(
         weights_bytes=weights_bytes
         - (vocabulary * language.hidden * value_bytes if activations.embedding_on_host else 0),
@@ -406,7 +413,7 @@ def estimate_memory(
         dense_bytes=value_bytes * language.hidden * language.intermediate * (2 if fused and language.gated else 1),
         cast_bytes=cast * value_bytes,
         workspace_bytes=_WORKSPACE_BYTES * _THREADS * (3 if captured else 1) if on_gpu else 0,
-        logits_bytes=int(HEAD_COPIES * min(length_tokens * vocabulary * 4, HEAD_CHUNK_BYTES)),
+        logits_bytes=int(HEAD_COPIES * min(length_tokens * vocabulary * 4, HEAD_CHUNK_BYTES)) + head,
     )
 
 

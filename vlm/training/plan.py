@@ -173,6 +173,8 @@ def make_plan(
             fused=training.fused_kernels,
             optimizer=optimizer,
             trained_whole=adapter.get("full_finetuning", ()),
+            head_learns=_head_learns(adapter),
+            is_spread=num_spread > 1,
             patches_per_token=family.patches_per_token(config) if family.patches_per_token else None,
             on_gpu=device == "cuda",
         )
@@ -365,6 +367,12 @@ def _embedding_can_move(config: dict[str, Any], adapter: dict[str, Any]) -> bool
     adapted = [target["name"] for target in adapter["targets"]]
     touched = any("embed_tokens" in name for name in (*adapted, *adapter["modules_to_save"]))
     return not (tied or touched or adapter.get("full_finetuning"))
+
+
+def _head_learns(adapter: dict[str, Any]) -> bool:
+    """Whether the language-model head's own weights do."""
+    saved = any(name.rsplit(".", 1)[-1] == "lm_head" for name in adapter["modules_to_save"])
+    return saved or "language" in adapter.get("full_finetuning", ())
 
 
 def _device_memory_bytes(device: str) -> int | None:

@@ -137,7 +137,7 @@ def train_adapter(
             from vlm.training.distributed.sharding import Sharded
 
             # For the rest of this process's life.
-            sharded = Sharded(peft_model, loaded.family, loaded.device, ranks)
+            sharded = Sharded(peft_model, loaded.family, loaded.device, loaded.dtype, ranks)
             if sharded.trains_slices and (plan.optimizer, plan.dtype) not in _ON_SLICES:
                 raise ConfigError(
                     f"optimizer {plan.optimizer!r} in {plan.dtype} does not work on slices of weights, which"

@@ -2,7 +2,7 @@
 
 Each process keeps a slice of every layer of the language model, which is nine tenths of a model, and puts a layer together while
 it computes. An NF4 weight is spread as the bytes that it is stored in, four to a number; its scales, a thirtieth of it, stay
-whole. What is trained whole in those layers has its gradients summed into slices and its optimiser working on them.
+whole. Matrices that are trained whole in those layers have their gradients summed into slices and the optimiser working on these.
 
 The rest stays whole in every process: LoRA matrices, and what does not run in every pass, which are the vision tower and layers for
 image features. All processes must put the same layers together in the same order, or they wait for each other for ever; with
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from vlm.families import Family
@@ -37,29 +37,33 @@ class Sharded:
         model: With its adapter, in the host's memory or on the device.
         family: Row of the family table.
         device: ``cpu`` or ``cuda``; the model moves there, layer by layer.
+        dtype: Name of the torch dtype of computation.
         ranks: This process among the others.
     """
 
-    def __init__(self, model: Any, family: Family, device: str, ranks: Ranks) -> None:
+    def __init__(self, model: Any, family: Family, device: str, dtype: str, ranks: Ranks) -> None:
         self._model, self._ranks = model, ranks
         mesh = init_device_mesh(device, (ranks.size,))
         base = base_model(model)
         layers = _layers(base, family)
         _require_gradients(layers[0])
-        adapter = set() if hasattr(model, WHOLE_ATTRIBUTE) else set(adapter_parameters(model).values())
+        whole = hasattr(model, WHOLE_ATTRIBUTE)
+        adapter = set() if whole else set(adapter_parameters(model).values())
         for layer in layers:
             _move(layer, device)
             _unwrap_quantized(layer)
-            kept = {parameter for parameter in layer.parameters() if parameter in adapter}
-            fully_shard(layer, mesh=mesh, ignored_params=kept)
+            learns = whole and any(parameter.requires_grad for parameter in layer.parameters())
+            kept = {own for own in layer.parameters() if own in adapter or (learns and own.ndim == 1)}
+            policy = _in_precision(dtype) if learns else MixedPrecisionPolicy()
+            fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=kept)
             # The loss is divided by the tokens of all processes, so gradients are sums.
             layer.set_gradient_divide_factor(1.0)
             layer.set_force_sum_reduction_for_comms(True)
         _move(model, device)
-        whole = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
+        rest = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
         # A root without parameters: it lets one layer be fetched while another one computes.
-        fully_shard(model, mesh=mesh, ignored_params=whole)
-        if hasattr(model, WHOLE_ATTRIBUTE):
+        fully_shard(model, mesh=mesh, ignored_params=rest)
+        if whole:
             trained = getattr(model, WHOLE_ATTRIBUTE)
             live = dict(model.named_parameters())
             setattr(model, WHOLE_ATTRIBUTE, {name: live[name] for name in trained})
@@ -293,6 +297,20 @@ def _layers(base: Any, family: Family) -> list[Any]:
     if family.cross_attention is not None:
         skipped = tuple(family.cross_attention(base.config.to_dict()).layers)
     return [layer for number, layer in enumerate(layers) if number not in skipped]
+
+
+def _in_precision(dtype: str) -> MixedPrecisionPolicy:
+    """Weights that learn, in float32, are put together in the precision that products are computed in.
+
+    Autocast would round them to the same bits, but put together twice as many bytes, and keep its copies of them until the layer's
+    way back. Gradients are summed in float32, and what runs between layers stays as it is.
+
+    Args:
+        dtype: Name of the torch dtype of computation.
+    """
+    return MixedPrecisionPolicy(
+        param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
 def _move(module: Any, device: str) -> None:
