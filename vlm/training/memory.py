@@ -6,8 +6,9 @@ and K that of its keys (Q is H):
 - with the fused pieces (`vlm.kernels`): inputs and outputs of both norms 4 H; rotated queries and the attention's output
   2 H; keys and values 2 K; outputs of gate and up 2 I (a plain block: I). Where one projection makes queries, keys and
   values, the values are a part of its output and keep all of it alive: 2 H more.
-- without: about ``12 H + 6.5 I``, float32 copies of inputs included. Checked against one measurement: Qwen2.5-VL-7B in
-  NF4, 12,288 tokens in one row, 13.5 GiB with and 112 GiB without recomputation.
+- without, and where the layers' own weights learn: about ``12 H + 6.5 I``, float32 copies of inputs included. Checked against
+  two measurements: Qwen2.5-VL-7B in NF4, 12,288 tokens in one row, 13.5 GiB with and 112 GiB without recomputation; eight
+  layers of Pixtral 12B trained whole, whose tensors were counted one by one: a tenth fewer.
 
 A recomputed layer keeps its input, and is whole again while its backward pass runs. Layers that are CUDA graphs
 (`vlm.training.capture`) work on padded rows; their inputs and the last one's output lie at fixed addresses, with two more for
@@ -122,6 +123,7 @@ class Tower:
         num_recomputed: int | None,
         offload: bool = False,
         trained: bool = True,
+        whole: bool = False,
         fused: bool = True,
         captured: bool = False,
     ) -> tuple[float, float]:
@@ -133,28 +135,32 @@ class Tower:
             num_recomputed: Layers that are recomputed; None for all.
             offload: Whether their inputs wait in the host's memory.
             trained: False for a frozen stack, which keeps no graph.
+            whole: Whether its own weights learn, in float32: so is what runs between its layers, and no piece is fused.
             fused: Whether the fused pieces are used.
             captured: Whether layers may be replayed as CUDA graphs.
 
         Returns:
             The estimates.
         """
+        fused = fused and not whole
+        # Of a position between layers, in units of a value.
+        between = self.hidden * (4 / value_bytes if whole else 1)
         layer = self.kept_values(fused=fused)
         if num_recomputed is None:
             num_recomputed = self.num_layers
         num_kept = self.num_layers - num_recomputed
         unit = length_tokens * value_bytes
         if not trained:
-            return 0.0, unit * (layer + _OUTSIDE_HIDDEN_UNITS * self.hidden)
+            return 0.0, unit * (layer + _OUTSIDE_HIDDEN_UNITS * between)
         waiting = num_kept * layer
         slots = self.slot_bytes(length_tokens, value_bytes) if captured else 0.0
         if slots:
             unit = rounded(length_tokens) * value_bytes
-        working = self.working_values(fused=fused) + _OUTSIDE_HIDDEN_UNITS * self.hidden
+        working = self.working_values(fused=fused) + _OUTSIDE_HIDDEN_UNITS * between
         if num_recomputed:
             working += layer
             if not slots:
-                waiting += (min(num_recomputed, _OFFLOADS_IN_FLIGHT) if offload else num_recomputed) * self.hidden
+                waiting += (min(num_recomputed, _OFFLOADS_IN_FLIGHT) if offload else num_recomputed) * between
         return unit * waiting + slots, unit * working
 
     def pool_bytes(self, length_tokens: int, value_bytes: int, *, recomputed: bool, fused: bool) -> float:
@@ -341,7 +347,7 @@ def estimate_memory(
         trained_whole: Parts of the model whose own weights learn, in float32.
         head_learns: Whether the language-model head's own weights do.
         is_spread: Whether the language model's layers are spread over GPUs: they are put together in the precision of
-            computation.
+            computation, but for those with routed experts.
         patches_per_token: Patches behind one visual token, where the configuration does not tell.
         on_gpu: Whether products run on a GPU, whose library has workspaces.
 
@@ -356,6 +362,7 @@ def estimate_memory(
         value_bytes,
         num_recomputed=activations.recomputed_language,
         offload=activations.offload,
+        whole="language" in trained_whole,
         fused=fused,
         captured=captured,
     )
@@ -365,6 +372,7 @@ def estimate_memory(
         num_recomputed=activations.recomputed_vision,
         offload=activations.offload,
         trained=trains_vision,
+        whole="vision" in trained_whole,
         fused=fused,
         captured=captured,
     )
@@ -394,7 +402,7 @@ def estimate_memory(
         pool = max(pools) if activations.recomputes_all else sum(pools)
     cast = 0
     if value_bytes < 4:
-        if "language" in trained_whole and not is_spread:
+        if "language" in trained_whole and (not is_spread or family.language_expert_parameters):
             cast += language.cast_weights(activations.recomputed_language)
         if "vision" in trained_whole:
             cast += vision.cast_weights(activations.recomputed_vision)
@@ -409,8 +417,10 @@ def estimate_memory(
         language_bytes=int(vision_waits + language_waits + language_works),
         vision_bytes=int(vision_waits + slots + vision_works),
         pool_bytes=int(pool),
-        # The fused block of gate and up is one product.
-        dense_bytes=value_bytes * language.hidden * language.intermediate * (2 if fused and language.gated else 1),
+        # The fused block of gate and up is one product. Of what learns there is a gradient in both precisions.
+        dense_bytes=language.hidden
+        * language.intermediate
+        * (value_bytes + 4 if "language" in trained_whole else value_bytes * (2 if fused and language.gated else 1)),
         cast_bytes=cast * value_bytes,
         workspace_bytes=_WORKSPACE_BYTES * _THREADS * (3 if captured else 1) if on_gpu else 0,
         logits_bytes=int(HEAD_COPIES * min(length_tokens * vocabulary * 4, HEAD_CHUNK_BYTES)) + head,

@@ -54,7 +54,7 @@ class Sharded:
             _unwrap_quantized(layer)
             learns = whole and any(parameter.requires_grad for parameter in layer.parameters())
             kept = {own for own in layer.parameters() if own in adapter or (learns and own.ndim == 1)}
-            policy = _in_precision(dtype) if learns else MixedPrecisionPolicy()
+            policy = _policy(layer, dtype) if learns else MixedPrecisionPolicy()
             fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=kept)
             # The loss is divided by the tokens of all processes, so gradients are sums.
             layer.set_gradient_divide_factor(1.0)
@@ -142,12 +142,20 @@ class LocalShards:
         for group, parameters in zip(optimizer.param_groups, self._parameters, strict=True):
             # A process may have nothing of a tensor with few rows.
             group["params"] = [self.places[parameter] for parameter in parameters if self.places[parameter].numel()]
+        # The model lets go of gradients after a step, and so must what holds the same memory.
+        optimizer.register_step_post_hook(lambda *_: self.release())
 
     def take(self) -> None:
         """Hands the slices' gradients to the optimiser."""
         for parameter, place in self.places.items():
             if isinstance(parameter, DTensor):
                 place.grad = None if parameter.grad is None else local_part(parameter.grad)
+
+    def release(self) -> None:
+        """Lets go of the slices' gradients; whole parameters are the model's, and keep theirs."""
+        for parameter, place in self.places.items():
+            if isinstance(parameter, DTensor):
+                place.grad = None
 
     def clip(self, max_norm: float) -> Tensor:
         """Scales gradients down to a norm over all processes.
@@ -299,17 +307,22 @@ def _layers(base: Any, family: Family) -> list[Any]:
     return [layer for number, layer in enumerate(layers) if number not in skipped]
 
 
-def _in_precision(dtype: str) -> MixedPrecisionPolicy:
-    """Weights that learn, in float32, are put together in the precision that products are computed in.
+def _policy(layer: Any, dtype: str) -> MixedPrecisionPolicy:
+    """Has matrices that learn, in float32, arrive in the precision that products are computed in.
 
     Autocast would round them to the same bits, but put together twice as many bytes, and keep its copies of them until the layer's
-    way back. Gradients are summed in float32, and what runs between layers stays as it is.
+    way back. Gradients are summed in float32, and what runs between layers stays as it is. Routed experts, in three dimensions,
+    are none of autocast's business and compute in float32, so layers that have some are put together in it.
 
     Args:
+        layer: Whose own weights learn.
         dtype: Name of the torch dtype of computation.
     """
+    has_experts = any(parameter.ndim > 2 for parameter in layer.parameters())
     return MixedPrecisionPolicy(
-        param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=torch.float32 if has_experts else getattr(torch, dtype),
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
 
 
