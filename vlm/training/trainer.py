@@ -264,6 +264,10 @@ class AdapterTrainer(ResumableTrainer):
         Raises:
             ResourceError: A single row does not fit into memory.
         """
+        with nullcontext() if self._ranks is None else self._ranks.within_step():
+            return self._all_passes(model, inputs, num_items_in_batch)
+
+    def _all_passes(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         rows, micro_batches = inputs["rows"], inputs["micro_batches"]
         if self._ranks is not None:
             # Dropout that no two processes share, and that a resumed training draws again.

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import signal
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from vlm.errors import ResourceError
 from vlm.processes.worker import forget_others
+from vlm.training.distributed.watch import StepWatch
 from vlm.training.interrupt import StopFlag
 
 # Values of small tensors that are summed together.
@@ -51,7 +54,10 @@ class Ranks:
         rank: Its number; 0 keeps checkpoints and writes results.
         size: How many there are.
         stop: Whether the training is to stop at the end of this step, once all know it.
+        watch: Notices a step that hangs; None where nobody can be told.
     """
+
+    watch: StepWatch | None = None
 
     def __init__(self, timeout_seconds: float) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -59,6 +65,10 @@ class Ranks:
         self._quick = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
         self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.stop = AgreedStop()
+
+    def within_step(self) -> AbstractContextManager[None]:
+        """The part of a step in which processes wait for each other."""
+        return nullcontext() if self.watch is None else self.watch.step()
 
     def agree(self, values: Sequence[float]) -> list[float]:
         """Sums of some numbers over all processes, soon.
@@ -177,6 +187,11 @@ class Ranks:
                 f"process {self.rank} of {self.size} waited {self._timeout_seconds:g} s for another one, which hangs or is slow"
                 f" ({error}); look at its GPU, disk and network, or raise training.distributed.timeout_seconds; {remedy}"
             ) from error
+        if "out of memory" in str(error):
+            raise ResourceError(
+                f"process {self.rank} of {self.size} had no GPU memory left for a sum over all processes ({error}); lower"
+                f" training.max_tokens_per_pack, or end what else runs on its GPU; {remedy}"
+            ) from error
         raise LostProcessError(
             f"process {self.rank} of {self.size} lost another one ({error}); look at the log of the machine that it ran on;"
             f" {remedy}"
@@ -242,6 +257,8 @@ def join(device: str, timeout_seconds: float) -> Ranks:
         device: ``cpu`` or ``cuda``.
         timeout_seconds: As of `Ranks`.
     """
+    # A sum that timed out ends its process at once, and not after minutes in which all write down what they were doing.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
     forget_others()
     return Ranks(timeout_seconds)

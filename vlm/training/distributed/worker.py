@@ -7,12 +7,15 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm.processes.events import EventWriter
 from vlm.processes.worker import listen, run_worker, share_cores
 from vlm.training.distributed.job import Job
 from vlm.training.interrupt import TrainingInterrupted
+
+if TYPE_CHECKING:
+    from vlm.training.distributed.ranks import Ranks
 
 
 def main() -> None:
@@ -31,11 +34,13 @@ def _train(job: Job, events: EventWriter) -> None:
     import torch.distributed as dist
 
     from vlm.training.distributed.ranks import join
+    from vlm.training.distributed.watch import StepWatch
 
     if job.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(share_cores(job.num_processes))
     ranks = join(job.device, job.training.distributed.timeout_seconds)
     listen(lambda: ranks.stop.ask(signal.SIGTERM))
+    ranks.watch = StepWatch(job.training.distributed.timeout_seconds, partial(_give_up, ranks, events))
 
     from transformers import TrainerCallback
 
@@ -74,6 +79,17 @@ def _train(job: Job, events: EventWriter) -> None:
     # The launcher would take the broken connection of one that still writes for a failure.
     ranks.wait()
     dist.destroy_process_group()
+
+
+def _give_up(ranks: Ranks, events: EventWriter, seconds: float) -> None:
+    """Ends this process, whose own thread may wait for ever."""
+    message = (
+        f"process {ranks.rank} of {ranks.size} has been in one step for {seconds:.0f} s, far longer than in those before: another"
+        " one hangs or is slow; look at its GPU, disk and network, or raise training.distributed.timeout_seconds; run again to"
+        " resume from the last checkpoint"
+    )
+    events.tell({"error": "HungProcessError", "message": message, "trace": ""})
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+import threading
+import time
+
+import pytest
+
+from vlm.training.distributed import watch
+from vlm.training.distributed.watch import StepWatch
+
+
+class Late:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(watch, "_LOOK_SECONDS", 0.01)
+        self.called, self.seconds = threading.Event(), 0.0
+        self.watch = StepWatch(0.2, self.take)
+
+    def take(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.called.set()
+
+
+def test_a_step_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = Late(monkeypatch)
+    with late.watch.step():
+        pass
+    with late.watch.step():
+        assert late.called.wait(30)
+    assert late.seconds > 0.2
+
+
+def test_the_first_step_and_what_lies_between_steps_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = Late(monkeypatch)
+    with late.watch.step():
+        time.sleep(0.5)
+    time.sleep(1.5)
+    # So may one that is little longer than those before.
+    with late.watch.step():
+        time.sleep(0.3)
+    assert not late.called.is_set()
+
+
+def test_a_step_that_ends_with_an_error_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = Late(monkeypatch)
+    with late.watch.step():
+        pass
+    with pytest.raises(ValueError, match="over"), late.watch.step():
+        raise ValueError("over")
+    assert not late.called.wait(0.5)
