@@ -36,7 +36,8 @@ def check_disk(adapter_dir: Path, plan_dir: Path, training: TrainingConfig, work
     every = training.checkpoint_every_steps
     # A new one is complete before the old one goes; the last one waits until the result is there.
     at_once = 0 if every is None else 1 if plan.num_steps <= every else 2
-    kept = at_once * checkpoint + best
+    # The best so far, and the one that it replaces or that an older checkpoint holds.
+    kept = at_once * checkpoint + 2 * best
     held = sum(path.stat().st_size for path in work_dir.rglob("*") if path.is_file())
     same_disk = work_dir.stat().st_dev == output_dir.stat().st_dev
     ends_with = min(at_once, 1) * checkpoint + best + result

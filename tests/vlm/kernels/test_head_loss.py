@@ -97,6 +97,26 @@ def test_logits_are_never_whole(random: Random, stored: Callable[[], list[torch.
     assert most_at_once == 1
 
 
+def test_a_second_backward_pass_is_refused_and_not_scaled_twice(random: Random) -> None:
+    head = learning(random, bias=False)
+    total, _ = head_loss(random(20, 32, learns=True), head, torch.zeros(20, dtype=torch.int64))
+    (total * 2).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (total * 2).backward()
+
+
+def test_a_head_of_many_words_has_its_gradient_made_in_parts(random: Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = torch.arange(20)
+    gradients = []
+    for words in (2**14, 7):
+        monkeypatch.setattr("vlm.kernels.head_loss._WORDS", words)
+        torch.manual_seed(3)
+        head = learning(random, bias=False)
+        head_loss(torch.randn(20, 32), head, targets)[0].backward()
+        gradients.append(head.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_evaluation_makes_no_gradient(random: Random, stored: Callable[[], list[torch.Tensor]]) -> None:
     head = frozen(random, bias=False)
     with torch.no_grad():

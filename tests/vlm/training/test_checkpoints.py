@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from vlm.training import checkpoints
 from vlm.training.checkpoints import mark_complete, newest_complete, remove_others, training_identity
 
 
@@ -37,6 +38,18 @@ def test_a_damaged_checkpoint_does_not_count(tmp_path: Path, damage: str) -> Non
     else:
         shutil.move(newer, tmp_path / "checkpoint-4")
     assert newest_complete(tmp_path, "me") == (2, older)
+
+
+@pytest.mark.parametrize("place", [0, 7, 8, 19])
+def test_every_part_of_a_large_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    monkeypatch.setattr(checkpoints, "_PART_BYTES", 8)
+    monkeypatch.setattr(checkpoints, "_BLOCK_BYTES", 3)
+    folder = write(tmp_path, 20)
+    assert newest_complete(tmp_path, "me") == (20, folder)
+    content = bytearray((folder / "weights").read_bytes())
+    content[place] ^= 1
+    (folder / "weights").write_bytes(content)
+    assert newest_complete(tmp_path, "me") is None
 
 
 def test_removal_keeps_one_and_what_is_no_checkpoint(tmp_path: Path) -> None:

@@ -74,6 +74,21 @@ def test_sigterm_stops_at_a_step_and_the_rest_gives_the_same_bits(
         assert torch.equal(training.weights[key], tensor), key
 
 
+def test_without_checkpoints_only_an_interruption_writes_one(
+    tiny_run: Callable, tmp_path: Path, uninterrupted: Callable[[str], Training]
+) -> None:
+    training = Training(tiny_run("qwen2_5_vl"), tmp_path, DROPOUT, **(RESUMED | {"checkpoint_every_steps": None}))
+    with pytest.raises(TrainingInterrupted):
+        training.start([At(3, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    assert [path.name for path in (tmp_path / "work").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert training.start().resumed_from_step == 3
+    for key, tensor in uninterrupted("qwen2_5_vl").weights.items():
+        assert torch.equal(training.weights[key], tensor), key
+    shutil.rmtree(tmp_path / "work")
+    assert training.start().resumed_from_step is None
+    assert not list((tmp_path / "work").glob("checkpoint-*"))
+
+
 def test_a_finished_training_is_only_written_again(
     tiny_run: Callable, uninterrupted: Callable[[str], Training]
 ) -> None:

@@ -1,5 +1,9 @@
+import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +49,30 @@ def test_a_step_that_ends_with_an_error_is_over(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="over"), late.watch.step():
         raise ValueError("over")
     assert not late.called.wait(0.5)
+
+
+# A process whose own thread waits for what never comes.
+STUCK = """
+import sys, threading
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from vlm.processes.events import EventWriter
+from vlm.training.distributed.watch import StepWatch
+from vlm.training.distributed.worker import give_up
+
+events = EventWriter(Path(sys.argv[1]))
+watch = StepWatch(0.5, partial(give_up, SimpleNamespace(rank=1, size=2), events))
+with watch.step():
+    pass
+with watch.step():
+    threading.Event().wait()
+"""
+
+
+def test_a_process_that_is_stuck_tells_and_ends(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", STUCK, str(tmp_path / "events")], timeout=120, check=False)
+    assert ended.returncode == 1
+    last = json.loads((tmp_path / "events").read_text().splitlines()[-1])
+    assert last["error"] == "HungProcessError"
+    assert last["message"].startswith("process 1 of 2 has been in one step for")

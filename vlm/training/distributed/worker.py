@@ -40,7 +40,7 @@ def _train(job: Job, events: EventWriter) -> None:
         torch.set_num_threads(share_cores(job.num_processes))
     ranks = join(job.device, job.training.distributed.timeout_seconds)
     listen(lambda: ranks.stop.ask(signal.SIGTERM))
-    ranks.watch = StepWatch(job.training.distributed.timeout_seconds, partial(_give_up, ranks, events))
+    ranks.watch = StepWatch(job.training.distributed.timeout_seconds, partial(give_up, ranks, events))
 
     from transformers import TrainerCallback
 
@@ -81,8 +81,14 @@ def _train(job: Job, events: EventWriter) -> None:
     dist.destroy_process_group()
 
 
-def _give_up(ranks: Ranks, events: EventWriter, seconds: float) -> None:
-    """Ends this process, whose own thread may wait for ever."""
+def give_up(ranks: Ranks, events: EventWriter, seconds: float) -> None:
+    """Says that a step hangs, and ends this process, whose own thread may wait for ever.
+
+    Args:
+        ranks: This process among the others.
+        events: Where it tells.
+        seconds: Since the step began.
+    """
     message = (
         f"process {ranks.rank} of {ranks.size} has been in one step for {seconds:.0f} s, far longer than in those before: another"
         " one hangs or is slow; look at its GPU, disk and network, or raise training.distributed.timeout_seconds; run again to"
