@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,10 +13,10 @@ from vlm.training.distributed.watch import StepWatch
 
 
 class Late:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, timeout_seconds: float = 0.2) -> None:
         monkeypatch.setattr(watch, "_LOOK_SECONDS", 0.01)
         self.called, self.seconds = threading.Event(), 0.0
-        self.watch = StepWatch(0.2, self.take)
+        self.watch = StepWatch(timeout_seconds, self.take)
 
     def take(self, seconds: float) -> None:
         self.seconds = seconds
@@ -40,6 +41,17 @@ def test_the_first_step_and_what_lies_between_steps_may_take_long(monkeypatch: p
     with late.watch.step():
         time.sleep(0.3)
     assert not late.called.is_set()
+
+
+def test_a_job_that_was_suspended_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = Late(monkeypatch, 60)
+    with late.watch.step():
+        pass
+    hour, monotonic = 0.0, time.monotonic
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=time.sleep, monotonic=lambda: monotonic() + hour))
+    with late.watch.step():
+        hour = 3600.0
+        assert not late.called.wait(0.5)
 
 
 def test_a_step_that_ends_with_an_error_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

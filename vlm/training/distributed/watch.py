@@ -28,7 +28,8 @@ class StepWatch:
     def __init__(self, timeout_seconds: float, on_late: Callable[[float], None]) -> None:
         self._timeout_seconds, self._on_late = timeout_seconds, on_late
         self._lock = threading.Lock()
-        self._began: float | None = None
+        # Of the step at hand; None between steps.
+        self._taken_seconds: float | None = None
         self._durations: deque[float] = deque(maxlen=_NUM_REMEMBERED)
         threading.Thread(target=self._look, daemon=True).start()
 
@@ -37,19 +38,24 @@ class StepWatch:
         """The part of a step in which processes wait for each other."""
         began = time.monotonic()
         with self._lock:
-            self._began = began
+            self._taken_seconds = 0.0
         try:
             yield
         finally:
             with self._lock:
-                self._began = None
+                self._taken_seconds = None
             self._durations.append(time.monotonic() - began)
 
     def _look(self) -> None:
+        looked = time.monotonic()
         while True:
             time.sleep(_LOOK_SECONDS)
+            # A job that was suspended as a whole, and goes on, is not late.
+            seconds, looked = min(time.monotonic() - looked, 2 * _LOOK_SECONDS), time.monotonic()
             with self._lock:
-                taken = 0.0 if self._began is None else time.monotonic() - self._began
+                if self._taken_seconds is None:
+                    continue
+                self._taken_seconds = taken = self._taken_seconds + seconds
             if self._durations and taken > self._timeout_seconds + _SLOWER * max(self._durations):
                 self._on_late(taken)
                 return

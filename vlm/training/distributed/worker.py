@@ -40,7 +40,8 @@ def _train(job: Job, events: EventWriter) -> None:
         torch.set_num_threads(share_cores(job.num_processes))
     ranks = join(job.device, job.training.distributed.timeout_seconds)
     listen(lambda: ranks.stop.ask(signal.SIGTERM))
-    ranks.watch = StepWatch(job.training.distributed.timeout_seconds, partial(give_up, ranks, events))
+    if ranks.size > 1:
+        ranks.watch = StepWatch(job.training.distributed.timeout_seconds, partial(give_up, ranks, events))
 
     from transformers import TrainerCallback
 
