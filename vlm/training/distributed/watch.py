@@ -44,7 +44,7 @@ class StepWatch:
         finally:
             with self._lock:
                 self._taken_seconds = None
-            self._durations.append(time.monotonic() - began)
+                self._durations.append(time.monotonic() - began)
 
     def _look(self) -> None:
         looked = time.monotonic()
@@ -56,6 +56,7 @@ class StepWatch:
                 if self._taken_seconds is None:
                     continue
                 self._taken_seconds = taken = self._taken_seconds + seconds
-            if self._durations and taken > self._timeout_seconds + _SLOWER * max(self._durations):
+                longest = max(self._durations, default=None)
+            if longest is not None and taken > self._timeout_seconds + _SLOWER * longest:
                 self._on_late(taken)
                 return
