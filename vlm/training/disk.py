@@ -48,7 +48,7 @@ def check_disk(adapter_dir: Path, plan_dir: Path, training: TrainingConfig, work
         free = shutil.disk_usage(folder).free + there
         if needed > free:
             raise ResourceError(
-                f"the disk of {folder} has {free / 1e9:.1f} GB free but this training will hold up to {needed / 1e9:.1f} GB there"
-                f" ({checkpoint / 1e9:.1f} a checkpoint, {result / 1e9:.1f} the result); free some, put runtime.store on a larger"
-                " disk, or set training.checkpoint_every_steps to null for no checkpoints but of an interrupted run"
+                f"the disk of {folder.parent} has {free / 1e9:.2f} GB free but this training will hold up to {needed / 1e9:.2f} GB"
+                f" there ({checkpoint / 1e9:.2f} a checkpoint, {result / 1e9:.2f} the result); free some, put runtime.store on a"
+                " larger disk, or set training.checkpoint_every_steps to null for no checkpoints but of an interrupted run"
             )
