@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from tasks.graph import Json
 from tasks.killed_runs import NOTE_TAG, TrackingError, end_killed_runs, lacks_results, note_run
 from tasks.session import Session
 from tasks.tracking_database import first_use, set_experiment
+from tasks.training_log import logged, metric_callback, unheard
 from vlm.errors import ConfigError
 from vlm.redaction import without_secrets
 
@@ -120,24 +121,41 @@ class Tracker:
         import mlflow
 
         remembered = work_dir / RUN_ID_FILE
-        run_id = remembered.read_text().strip() if remembered.exists() else ""
-        resumes = self._is_known(run_id)
-        if resumes:
-            # A nested run that resumes keeps its curve, below the flow run that finishes it.
-            tags = self._tags() | {"mlflow.parentRunId": str(self.run_id)}
-            nested = mlflow.start_run(run_id=run_id, nested=True, tags=tags)
-        else:
-            nested = mlflow.start_run(run_name="train", nested=True, tags=self._tags())
+        with self._reached():
+            run_id, callback = self._open_training(remembered.read_text().strip() if remembered.exists() else "")
+        remembered.write_text(run_id)
         try:
-            if not resumes:
-                # Once: MLflow refuses another value, and how often to log or save may be another one by now.
-                mlflow.log_params(flat({"training": self.session.config.training.model_dump(mode="json")}))
-                remembered.write_text(nested.info.run_id)
-            yield _metric_callback(_logged(run_id) if resumes else frozenset())
+            yield callback
         except BaseException as error:
-            mlflow.end_run("FAILED" if isinstance(error, Exception) else "KILLED")
+            # Who is interrupted has no time to wait for a server.
+            if isinstance(error, Exception):
+                with unheard():
+                    callback.send_waiting()
+            with unheard():
+                mlflow.end_run("FAILED" if isinstance(error, Exception) else "KILLED")
             raise
-        mlflow.end_run()
+        with unheard():
+            callback.send_waiting()
+        with unheard():
+            mlflow.end_run()
+
+    def _open_training(self, run_id: str) -> tuple[str, Any]:
+        """Opens the nested run; returns its id and its logging callback.
+
+        Args:
+            run_id: Of the run that a training which resumes had; empty where there is none.
+        """
+        import mlflow
+
+        if self._is_known(run_id):
+            # It keeps its curve, below the flow run that finishes it.
+            tags = self._tags() | {"mlflow.parentRunId": str(self.run_id)}
+            mlflow.start_run(run_id=run_id, nested=True, tags=tags)
+            return run_id, metric_callback(logged(run_id))
+        nested = mlflow.start_run(run_name="train", nested=True, tags=self._tags())
+        # Once: MLflow refuses another value, and how often to log or save may be another one by now.
+        mlflow.log_params(flat({"training": self.session.config.training.model_dump(mode="json")}))
+        return str(nested.info.run_id), metric_callback(frozenset())
 
     def log_report(self, metrics_dir: Path, report_dir: Path) -> None:
         """Puts the report page and the metrics beside the run's figures; for a run that was started.
@@ -148,8 +166,9 @@ class Tracker:
         """
         import mlflow
 
-        mlflow.log_artifact(str(metrics_dir / "metrics.json"))
-        mlflow.log_artifact(str(report_dir / "report.html"))
+        with self._reached():
+            mlflow.log_artifact(str(metrics_dir / "metrics.json"))
+            mlflow.log_artifact(str(report_dir / "report.html"))
 
     def finish(self, digests: dict[str, ArtifactRef], metrics: dict[str, float]) -> None:
         """Logs what the run made and closes it; does nothing when nothing ran.
@@ -162,11 +181,12 @@ class Tracker:
             return
         import mlflow
 
-        mlflow.set_tags({f"artifact.{name}": ref.digest for name, ref in digests.items()})
-        mlflow.log_metrics(metrics)
-        if dataset := digests.get("prepare_dataset.dataset"):
-            _log_dataset(self.run_id, dataset, self.session.config.runtime.store)
-        mlflow.end_run()
+        with self._reached():
+            mlflow.set_tags({f"artifact.{name}": ref.digest for name, ref in digests.items()})
+            mlflow.log_metrics(metrics)
+            if dataset := digests.get("prepare_dataset.dataset"):
+                _log_dataset(self.run_id, dataset, self.session.config.runtime.store)
+            mlflow.end_run()
         assert self._note is not None
         try:
             self._note.remove()
@@ -181,14 +201,28 @@ class Tracker:
             import mlflow
             from mlflow.exceptions import MlflowException
 
-            try:
-                while mlflow.active_run() is not None:
+            while mlflow.active_run() is not None:
+                try:
                     mlflow.end_run("KILLED" if killed else "FAILED")
-            except MlflowException as error:
-                # What ended the flow is the error that counts; whoever comes next sees to this one by its note.
-                _log.warning("The MLflow run could not be closed: %s", error)
+                except MlflowException as error:
+                    # What ended the flow is the error that counts; whoever comes next sees to this one by its note.
+                    _log.warning("The MLflow run could not be closed: %s", error)
         if self._note is not None:
             self._note.leave()
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Where nothing is done without MLflow."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except (MlflowException, OSError) as error:
+            # Not chained, as in `start`.
+            raise ConfigError(
+                f"tracking.uri {self.uri!r} can no longer be used ({error}); what was done is in the store: see to the server, and"
+                " run the same command again, which goes on and logs the results"
+            ) from None
 
     @property
     def _experiment(self) -> str:
@@ -249,18 +283,6 @@ def flat(tree: Json, prefix: str = "") -> dict[str, str]:
     return leaves
 
 
-def _logged(run_id: str) -> Set[tuple[str, int]]:
-    """Which figures of which steps a run has.
-
-    A training that was killed goes on from its last checkpoint, and so repeats the steps after it to the same figures.
-    """
-    import mlflow
-
-    client = mlflow.MlflowClient()
-    names = client.get_run(run_id).data.metrics
-    return {(name, entry.step) for name in names for entry in client.get_metric_history(run_id, name)}
-
-
 def _log_dataset(run_id: str, ref: ArtifactRef, store: str) -> None:
     """Notes the prepared dataset as the run's input; MLflow keeps 36 characters of a digest, so the source has all."""
     import mlflow
@@ -270,20 +292,3 @@ def _log_dataset(run_id: str, ref: ArtifactRef, store: str) -> None:
     dataset = Dataset(name="dataset", digest=ref.digest[:36], source_type="artifact", source=source)
     used = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
     mlflow.MlflowClient().log_inputs(run_id, datasets=[used])
-
-
-def _metric_callback(logged: Set[tuple[str, int]]) -> Any:
-    import mlflow
-    from transformers import TrainerCallback
-
-    class LogMetrics(TrainerCallback):
-        """Sends every figure to the active MLflow run, but for those that it has."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            step = state.global_step
-            figures = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
-            mlflow.log_metrics(
-                {name: value for name, value in figures.items() if (name, step) not in logged}, step=step
-            )
-
-    return LogMetrics()
