@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     quieten()
-    from tasks.registry import earlier_champion, format_versions, list_versions, promote
+    from tasks.model_versions import earlier_champion, format_versions, list_versions, promote
 
     try:
         version = earlier_champion(options.tracking, options.model) if options.back else options.version

@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from artifacts.errors import StoreError
@@ -23,17 +21,16 @@ from artifacts.keys import canonical_digest, step_key
 from artifacts.refs import ArtifactRef
 from tasks.comparison import compare_common_answers
 from tasks.graph import Json
+from tasks.model_versions import champion_history, champion_of, move_champion, registry_client
 from tasks.session import Session, open_store
-from tasks.tracking_database import first_use
 from vlm.config.evaluation import ExportType
 from vlm.errors import ConfigError
 from vlm.evaluation.verdicts import verdict
 from vlm.redaction import without_secrets
 
-CHAMPION = "champion"
-HISTORY = "champion_history"
-_MAX_HISTORY = 20
 _STEP = "evaluate_and_save"
+# The key under which the store notes a registration.
+_KEY_TAG = "vision_finetune.key"
 
 
 @dataclass(frozen=True)
@@ -51,27 +48,6 @@ class Candidate:
     predictions: ArtifactRef
     metrics: ArtifactRef
     artifacts: Mapping[str, ArtifactRef]
-
-
-@dataclass(frozen=True)
-class Version:
-    """A version as people see it.
-
-    Attributes:
-        number: Its number.
-        is_champion: Whether it holds the alias.
-        created: UTC, to the minute.
-        figures: Metrics by name.
-        source: Where it can be fetched from.
-        note: Why it holds the alias, or not.
-    """
-
-    number: int
-    is_champion: bool
-    created: str
-    figures: dict[str, float]
-    source: str
-    note: str
 
 
 def source_of(session: Session, exports: Mapping[ExportType, ArtifactRef], fallback: ArtifactRef) -> str:
@@ -124,102 +100,57 @@ def register(session: Session, candidate: Candidate) -> Json:
         record = None if _STEP in session.forced else session.store.lookup(unit, key)
         if record is not None:
             return dict(record.info)
-        registered = _register(session, name, candidate)
+        # A version by a run that was killed before it had noted this.
+        with session.tracker.reached():
+            registered = None if _STEP in session.forced else _finish_registering(session, name, candidate, key)
+            registered = registered or _register(session, name, candidate, key)
         session.store.record(unit, key, document, inputs, registered)
         return registered
 
 
-def list_versions(uri: str, name: str) -> list[Version]:
-    """The versions of a registered model, newest first.
-
-    Args:
-        uri: Tracking address.
-        name: Of the registered model.
-
-    Raises:
-        ConfigError: There is no such model.
-    """
-    client = _client(uri)
-    champion = _champion(client, _model(client, uri, name))
-    return [
-        Version(
-            number=int(version.version),
-            is_champion=int(version.version) == champion,
-            created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).strftime("%Y-%m-%d %H:%M"),
-            figures={
-                tag.removeprefix("metric."): float(value)
-                for tag, value in version.tags.items()
-                if tag.startswith("metric.")
-            },
-            source=version.source,
-            note=version.tags.get("note", ""),
-        )
-        for version in sorted(_versions(client, name), key=lambda found: -int(found.version))
+def _finish_registering(session: Session, name: str, candidate: Candidate, key: str) -> Json | None:
+    """Takes up the version that a registration which was cut short has made; None where there is none."""
+    assert session.tracker is not None
+    session.tracker.start()
+    client = registry_client(session.tracker.uri)
+    address = _store_address(session)
+    left = [
+        version
+        for version in client.search_model_versions(f"name='{name}' and tags.`{_KEY_TAG}`='{key}'")
+        if version.tags.get("store") == address
     ]
+    if not left:
+        return None
+    version = max(left, key=lambda version: int(version.version))
+    number = int(version.version)
+    model = client.get_registered_model(name)
+    holder = champion_of(model)
+    if holder == number:
+        is_better, reason = True, version.tags["note"]
+    else:
+        champion = None if holder is None else client.get_model_version(name, str(holder))
+        is_better, reason = _judge(session, candidate, champion)
+    if is_better and (holder != number or number not in [entry["version"] for entry in champion_history(model)]):
+        move_champion(client, model, number, reason)
+    return {"model": name, "version": number, "champion": is_better, "reason": reason}
 
 
-def promote(uri: str, name: str, version: int, why: str) -> int | None:
-    """Moves the alias to a version.
-
-    Args:
-        uri: Tracking address.
-        name: Of the registered model.
-        version: Its new holder.
-        why: For the history.
-
-    Returns:
-        The version that held it before, or None.
-
-    Raises:
-        ConfigError: There is no such model or version.
-    """
-    client = _client(uri)
-    model = _model(client, uri, name)
-    numbers = sorted(int(found.version) for found in _versions(client, name))
-    if version not in numbers:
-        listed = ", ".join(map(str, numbers)) or "none"
-        raise ConfigError(f"{name!r} has no version {version}; its versions: {listed}")
-    before = _champion(client, model)
-    _move(client, model, version, why)
-    return before
-
-
-def earlier_champion(uri: str, name: str) -> int:
-    """The version that held the alias before the present one, by the history.
-
-    Args:
-        uri: Tracking address.
-        name: Of the registered model.
-
-    Raises:
-        ConfigError: There is no such model, or nobody held the alias before.
-    """
-    client = _client(uri)
-    model = _model(client, uri, name)
-    champion = _champion(client, model)
-    holders = [entry["version"] for entry in _history(model)]
-    # Back from where it came the first time: going back twice goes back two, not to and fro.
-    first = holders.index(champion) if champion in holders else len(holders)
-    if first == 0:
-        raise ConfigError(f"{name!r} has had no other champion; choose one with --version")
-    return int(holders[first - 1])
-
-
-def _register(session: Session, name: str, candidate: Candidate) -> Json:
+def _register(session: Session, name: str, candidate: Candidate, key: str) -> Json:
     metrics = json.loads(session.store.read_text(candidate.metrics, "metrics.json"))
     run_id = session.tracker.start()
     uri = session.tracker.uri
-    client = _client(uri)
+    client = registry_client(uri)
     from mlflow.exceptions import MlflowException
 
     champion = None
     try:
         model = client.get_registered_model(name)
-        holder = _champion(client, model)
+        holder = champion_of(model)
         champion = None if holder is None else client.get_model_version(name, str(holder))
     except MlflowException:
         model = client.create_registered_model(name)
     tags = {
+        _KEY_TAG: key,
         "store": _store_address(session),
         "artifact.predictions": candidate.predictions.digest,
         "artifact.metrics": candidate.metrics.digest,
@@ -240,7 +171,7 @@ def _register(session: Session, name: str, candidate: Candidate) -> Json:
         ) from error
     number = int(version.version)
     if is_better:
-        _move(client, model, number, reason)
+        move_champion(client, model, number, reason)
     return {"model": name, "version": number, "champion": is_better, "reason": reason}
 
 
@@ -271,59 +202,3 @@ def _judge(session: Session, candidate: Candidate, champion: Any) -> tuple[bool,
         figures += f", p = {difference['p_value']:.3g}"
     figures += f", on the {compared['num_rows']} rows that both answered"
     return judged == "better", f"{entry['title']} against {holder}: {judged} ({figures})"
-
-
-def _client(uri: str) -> Any:
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        # MLflow would make an empty one, and then say that there is no such model.
-        raise ConfigError(f"{uri} is not there; give the tracking address that the runs were logged to")
-    import mlflow
-
-    with first_use(uri):
-        return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _model(client: Any, uri: str, name: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_registered_model(name)
-    except MlflowException as error:
-        known = ", ".join(repr(model.name) for model in client.search_registered_models()[:5]) or "none"
-        raise ConfigError(f"{uri} has no registered model {name!r}; it has: {known}") from error
-
-
-def _versions(client: Any, name: str) -> list[Any]:
-    return list(client.search_model_versions(f"name='{name}'"))
-
-
-def _champion(client: Any, model: Any) -> int | None:
-    version = model.aliases.get(CHAMPION)
-    return None if version is None else int(version)
-
-
-def _history(model: Any) -> list[Json]:
-    history: list[Json] = json.loads(model.tags.get(HISTORY, "[]"))
-    return history
-
-
-def _move(client: Any, model: Any, version: int, why: str) -> None:
-    client.set_registered_model_alias(model.name, CHAMPION, str(version))
-    entry = {"version": version, "at": datetime.now(UTC).isoformat(timespec="seconds"), "why": why[:150]}
-    history = [*_history(model), entry][-_MAX_HISTORY:]
-    client.set_registered_model_tag(model.name, HISTORY, json.dumps(history))
-
-
-def format_versions(versions: list[Version]) -> str:
-    """Versions as lines of text.
-
-    Args:
-        versions: Newest first.
-    """
-    lines = []
-    for version in versions:
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in version.figures.items())
-        mark = "  champion" if version.is_champion else ""
-        lines.append(f"version {version.number}  {version.created} UTC  {figures}{mark}")
-        lines += [f"    {text}" for text in (version.note, version.source) if text]
-    return "\n".join(lines) or "no version yet"

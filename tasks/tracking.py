@@ -121,7 +121,7 @@ class Tracker:
         import mlflow
 
         remembered = work_dir / RUN_ID_FILE
-        with self._reached():
+        with self.reached():
             run_id, callback = self._open_training(remembered.read_text().strip() if remembered.exists() else "")
         remembered.write_text(run_id)
         try:
@@ -166,7 +166,7 @@ class Tracker:
         """
         import mlflow
 
-        with self._reached():
+        with self.reached():
             mlflow.log_artifact(str(metrics_dir / "metrics.json"))
             mlflow.log_artifact(str(report_dir / "report.html"))
 
@@ -181,7 +181,7 @@ class Tracker:
             return
         import mlflow
 
-        with self._reached():
+        with self.reached():
             mlflow.set_tags({f"artifact.{name}": ref.digest for name, ref in digests.items()})
             mlflow.log_metrics(metrics)
             if dataset := digests.get("prepare_dataset.dataset"):
@@ -211,8 +211,12 @@ class Tracker:
             self._note.leave()
 
     @contextmanager
-    def _reached(self) -> Iterator[None]:
-        """Where nothing is done without MLflow."""
+    def reached(self) -> Iterator[None]:
+        """Where nothing can be done without MLflow.
+
+        Raises:
+            ConfigError: It cannot be reached any more.
+        """
         from mlflow.exceptions import MlflowException
 
         try:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from artifacts.refs import ArtifactRef
+from artifacts.store import Store
 from flows.promote import main
-from tasks.registry import Candidate, earlier_champion, list_versions, promote, register
+from tasks.model_versions import HISTORY, earlier_champion, list_versions, promote
+from tasks.registry import Candidate, register
 from tasks.session import Session
 from tasks.tracking import Tracker
 from vlm.config import RunConfig
@@ -20,6 +23,10 @@ from vlm.evaluation.predictions import Prediction, PredictionsSummary, write_pre
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 NUM_ROWS = 30
+
+
+class KilledError(Exception):
+    pass
 
 
 class Registry:
@@ -158,6 +165,33 @@ def test_a_result_is_registered_once_and_kept_from_collection(registry: Registry
     report = collect(store, dry_run=False, keep_last=1, grace_seconds=0)
     assert report.manifests == []
     assert set(store.digests()) == before
+
+
+@pytest.mark.parametrize("cut_short_at", ["record", "set_registered_model_alias", "set_registered_model_tag"])
+@pytest.mark.parametrize("num_wrong", [3, 6])
+def test_a_registration_that_was_cut_short_is_finished_and_not_repeated(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, num_wrong: int, cut_short_at: str
+) -> None:
+    import mlflow
+
+    def kill(*args: Any, **kwargs: Any) -> None:
+        raise KilledError
+
+    owner = Store if cut_short_at == "record" else mlflow.MlflowClient
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, cut_short_at, kill)
+        if num_wrong == 3 or cut_short_at == "record":
+            with pytest.raises(KilledError):
+                registry.add(num_wrong)
+        else:
+            registry.add(num_wrong)
+    again = registry.add(num_wrong)
+    assert (again["version"], again["champion"]) == (2, num_wrong == 3)
+    assert ("better" if num_wrong == 3 else "worse") in again["reason"]
+    assert len(list_versions(registry.uri, "receipts")) == 2
+    assert champion(registry) == (2 if num_wrong == 3 else 1)
+    history = mlflow.MlflowClient(registry.uri).get_registered_model("receipts").tags[HISTORY]
+    assert [entry["version"] for entry in json.loads(history)] == ([1, 2] if num_wrong == 3 else [1])
 
 
 def test_a_champion_whose_answers_are_gone_stays(registry: Registry) -> None:
