@@ -55,10 +55,13 @@ class ResumableTrainer(SFTTrainer):
             save_tensors(self._peft_model, folder / WEIGHTS_FILE)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._gathered is not None and self._gathered[1] is not None:
-            # In place of this process's slices: the form that a training on any number of processes resumes from.
-            torch.save(self._gathered[1], Path(output_dir) / OPTIMIZER_NAME)
+        if self._gathered is None or self._gathered[1] is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Not this process's slices: the form that a training on any number of processes resumes from.
+        torch.save(self._gathered[1], Path(output_dir) / OPTIMIZER_NAME)
+        assert self.lr_scheduler is not None
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._shards is None or checkpoint is None:
