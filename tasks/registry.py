@@ -97,12 +97,12 @@ def register(session: Session, candidate: Candidate) -> Json:
     # One unit per result: however few records of each unit garbage collection keeps, registered artifacts stay.
     unit = f"register_model.{candidate.metrics.digest[:16]}"
     with session.store.lock("register_model", canonical_digest([session.tracker.uri, name])):
-        record = None if _STEP in session.forced else session.store.lookup(unit, key)
-        if record is not None:
+        forced = _STEP in session.forced
+        if not forced and (record := session.store.lookup(unit, key)) is not None:
             return dict(record.info)
-        # A version by a run that was killed before it had noted this.
         with session.tracker.reached():
-            registered = None if _STEP in session.forced else _finish_registering(session, name, candidate, key)
+            # A version by a run that was killed before it had noted this.
+            registered = None if forced else _finish_registering(session, name, candidate, key)
             registered = registered or _register(session, name, candidate, key)
         session.store.record(unit, key, document, inputs, registered)
         return registered

@@ -124,20 +124,19 @@ class Tracker:
         with self.reached():
             run_id, callback = self._open_training(remembered.read_text().strip() if remembered.exists() else "")
         remembered.write_text(run_id)
+        status = "FINISHED"
         try:
             yield callback
         except BaseException as error:
+            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            raise
+        finally:
             # Who is interrupted has no time to wait for a server.
-            if isinstance(error, Exception):
+            if status != "KILLED":
                 with unheard():
                     callback.send_waiting()
             with unheard():
-                mlflow.end_run("FAILED" if isinstance(error, Exception) else "KILLED")
-            raise
-        with unheard():
-            callback.send_waiting()
-        with unheard():
-            mlflow.end_run()
+                mlflow.end_run(status)
 
     def _open_training(self, run_id: str) -> tuple[str, Any]:
         """Opens the nested run; returns its id and its logging callback.

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from vlm.processes.events import EventWriter, events_file
 
@@ -46,11 +47,22 @@ def run_worker(
         if interrupted(error):
             events.tell({"done": True})
             return
-        events.tell({"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()})
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Others may be gone, and an orderly end would wait for them.
-        os._exit(1)
+        fail(events, error)
+
+
+def fail(events: EventWriter, error: BaseException) -> NoReturn:
+    """Tells of an error and ends this process at once.
+
+    Args:
+        events: Where it is told.
+        error: What happened.
+    """
+    trace = "".join(traceback.format_exception(error))
+    events.tell({"error": type(error).__name__, "message": str(error), "trace": trace})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Others may be gone, and an orderly end would wait for them.
+    os._exit(1)
 
 
 def listen(asked_to_stop: Callable[[], None]) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from vlm.config import TrainingConfig
 from vlm.errors import ResourceError
+from vlm.training.memory import OPTIMIZER_BYTES
 from vlm.training.plan import read_plan
 
 _WEIGHT_BYTES = 4
-# Of the optimiser's state, for each trained weight, as files hold it.
-_STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}
 
 
 def check_disk(adapter_dir: Path, plan_dir: Path, training: TrainingConfig, work_dir: Path, output_dir: Path) -> None:
@@ -31,7 +30,7 @@ def check_disk(adapter_dir: Path, plan_dir: Path, training: TrainingConfig, work
     plan = read_plan(plan_dir)
     num_trained = json.loads((adapter_dir / "targets.json").read_text(encoding="utf-8"))["num_trainable_parameters"]
     result = num_trained * _WEIGHT_BYTES
-    checkpoint = result + int(num_trained * _STATE_BYTES[plan.optimizer])
+    checkpoint = result + int(num_trained * OPTIMIZER_BYTES[plan.optimizer])
     best = 0 if training.keep_best == "none" else result
     every = training.checkpoint_every_steps
     # A new one is complete before the old one goes; the last one waits until the result is there.

@@ -8,9 +8,6 @@ from vlm.config import TrainingConfig
 from vlm.errors import ResourceError
 from vlm.training.memory import MemoryEstimate
 
-# What the driver and the libraries take before the first tensor.
-CUDA_CONTEXT_BYTES = 700_000_000
-
 
 def check_fits(
     peak: MemoryEstimate,

@@ -58,7 +58,8 @@ _CERTAIN_SHARE = 0.7
 NF4_BYTES = 0.53
 # Layers that are whole at once where they are spread over GPUs: the one that computes and the one that is fetched.
 _WHOLE_LAYERS = 2
-_OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}
+# The optimiser's state, for each trained weight.
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0}
 
 
 @dataclass(frozen=True)
@@ -412,7 +413,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights_bytes=weights_bytes
         - (vocabulary * language.hidden * value_bytes if activations.embedding_on_host else 0),
-        adapter_bytes=int(num_trainable * (4 + 4 + _OPTIMIZER_BYTES[optimizer])),
+        adapter_bytes=int(num_trainable * (4 + 4 + OPTIMIZER_BYTES[optimizer])),
         # The backward pass is through with the language model when it comes to the vision tower.
         language_bytes=int(vision_waits + language_waits + language_works),
         vision_bytes=int(vision_waits + slots + vision_works),

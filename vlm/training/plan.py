@@ -24,13 +24,15 @@ from vlm.families import Family, family_by_name
 from vlm.summary import Summary
 from vlm.training.activation import ActivationPlan, choose_activations
 from vlm.training.device import check_device
-from vlm.training.fit import CUDA_CONTEXT_BYTES, check_fits
+from vlm.training.fit import check_fits
 from vlm.training.memory import NF4_BYTES, MemoryEstimate, estimate_memory, kept_of_spread, towers
 from vlm.training.rates import check_rates
 from vlm.training.steps import PackLimits, full_pack_size, plan_batches, plan_full_packs, plan_packs
 
 PLAN_FILE = "plan.json"
 BATCHES_FILE = "batches.arrow"
+# What the driver and the libraries take before the first tensor.
+CUDA_CONTEXT_BYTES = 700_000_000
 # The share of the device that packs are made for; the estimate may err, and memory gets fragmented.
 _USED_SHARE = 0.9
 # A pack of so many tokens keeps a GPU busy: several smaller packs cost less than recomputing layers of one large one.
@@ -202,12 +204,13 @@ def make_plan(
         costliest = int(np.argmax(costs(sizes, visual_of_batch, ActivationPlan(0, 0)).max(1)))
         largest = int(sizes[costliest]), int(visual_of_batch[costliest])
     device_memory = _device_memory_bytes(device)
+    usable = None if device_memory is None else device_memory - CUDA_CONTEXT_BYTES
     activations = choose_activations(
         training.activation_memory,
         num_vision_layers=vision.num_layers if "vision" in trained_parts else 0,
         num_language_layers=language.num_layers,
         expected_bytes=lambda plan: estimate(*largest, plan).reserved_bytes,
-        device_memory_bytes=None if device_memory is None else device_memory - CUDA_CONTEXT_BYTES,
+        device_memory_bytes=usable,
         embedding_can_move=_embedding_can_move(config, adapter),
         # Spread weights have no fixed address.
         graphs=device == "cuda" and training.cuda_graphs and num_spread == 1,
@@ -233,10 +236,10 @@ def make_plan(
         "num_visual_tokens": int(visual[worst]),
         "image_sizes": [list(image.shape[:-1]) for image in rows[worst].images],
     }
-    if device_memory is not None:
+    if usable is not None:
         check_fits(
             peak,
-            device_memory - CUDA_CONTEXT_BYTES,
+            usable,
             sample,
             training,
             optimizer=optimizer,

@@ -17,9 +17,8 @@ from vlm.kernels.limits import HEAD_CHUNK_BYTES, HEAD_COPIES
 from vlm.lora.build import build_adapter
 from vlm.training import plan as plan_module
 from vlm.training.activation import ActivationPlan
-from vlm.training.fit import CUDA_CONTEXT_BYTES
 from vlm.training.memory import Tower
-from vlm.training.plan import PlanSummary, make_plan, read_plan
+from vlm.training.plan import CUDA_CONTEXT_BYTES, PlanSummary, make_plan, read_plan
 
 
 @pytest.fixture

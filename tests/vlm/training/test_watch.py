@@ -68,13 +68,16 @@ STUCK = """
 import sys, threading
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from vlm.processes.events import EventWriter
+from vlm.training.distributed.ranks import Ranks
 from vlm.training.distributed.watch import StepWatch
 from vlm.training.distributed.worker import give_up
 
 events = EventWriter(Path(sys.argv[1]))
-watch = StepWatch(0.5, partial(give_up, SimpleNamespace(rank=1, size=2), events))
+# As one that has joined the others.
+ranks = object.__new__(Ranks)
+ranks.rank, ranks.size = 1, 2
+watch = StepWatch(0.5, partial(give_up, ranks, events))
 with watch.step():
     pass
 with watch.step():

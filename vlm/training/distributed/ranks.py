@@ -34,6 +34,7 @@ from vlm.training.interrupt import StopFlag
 _BUCKET_VALUES = 2**24
 # For what may take long while others wait: checkpoints, validation, the first step with its compilations.
 _PATIENCE = datetime.timedelta(hours=2)
+_REMEDY = "run again to resume from the last checkpoint"
 
 
 class LostProcessError(ResourceError):
@@ -69,6 +70,17 @@ class Ranks:
     def within_step(self) -> AbstractContextManager[None]:
         """The part of a step in which processes wait for each other."""
         return nullcontext() if self.watch is None else self.watch.step()
+
+    def hung(self, waited: str) -> HungProcessError:
+        """The error of a process that another one keeps waiting.
+
+        Args:
+            waited: What this one did, and for how long.
+        """
+        return HungProcessError(
+            f"process {self.rank} of {self.size} {waited}; look at its GPU, disk and network, or raise"
+            f" training.distributed.timeout_seconds; {_REMEDY}"
+        )
 
     def agree(self, values: Sequence[float]) -> list[float]:
         """Sums of some numbers over all processes, soon.
@@ -181,20 +193,18 @@ class Ranks:
         return found
 
     def _lost(self, error: Exception) -> NoReturn:
-        remedy = "run again to resume from the last checkpoint"
         if "imed out" in str(error):
-            raise HungProcessError(
-                f"process {self.rank} of {self.size} waited {self._timeout_seconds:g} s for another one, which hangs or is slow"
-                f" ({error}); look at its GPU, disk and network, or raise training.distributed.timeout_seconds; {remedy}"
+            raise self.hung(
+                f"waited {self._timeout_seconds:g} s for another one, which hangs or is slow ({error})"
             ) from error
         if "out of memory" in str(error):
             raise ResourceError(
                 f"process {self.rank} of {self.size} had no GPU memory left for a sum over all processes ({error}); lower"
-                f" training.max_tokens_per_pack, or end what else runs on its GPU; {remedy}"
+                f" training.max_tokens_per_pack, or end what else runs on its GPU; {_REMEDY}"
             ) from error
         raise LostProcessError(
             f"process {self.rank} of {self.size} lost another one ({error}); look at the log of the machine that it ran on;"
-            f" {remedy}"
+            f" {_REMEDY}"
         ) from error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.processes.events import EventWriter
-from vlm.processes.worker import listen, run_worker, share_cores
+from vlm.processes.worker import fail, listen, run_worker, share_cores
 from vlm.training.distributed.job import Job
 from vlm.training.interrupt import TrainingInterrupted
 
@@ -90,13 +90,8 @@ def give_up(ranks: Ranks, events: EventWriter, seconds: float) -> None:
         events: Where it tells.
         seconds: Since the step began.
     """
-    message = (
-        f"process {ranks.rank} of {ranks.size} has been in one step for {seconds:.0f} s, far longer than in those before: another"
-        " one hangs or is slow; look at its GPU, disk and network, or raise training.distributed.timeout_seconds; run again to"
-        " resume from the last checkpoint"
-    )
-    events.tell({"error": "HungProcessError", "message": message, "trace": ""})
-    os._exit(1)
+    waited = f"has been in one step for {seconds:.0f} s, far longer than in those before: another one hangs or is slow"
+    fail(events, ranks.hung(waited))
 
 
 if __name__ == "__main__":
